@@ -27,7 +27,8 @@ function fail(path: string, rule: string, got: string): never {
 
 /** A value for an error text: short, and nothing of what is inside objects, which may be a token. */
 function show(value: unknown): string {
-  if (typeof value === 'string') return JSON.stringify(value.length > 80 ? `${value.slice(0, 77)}...` : value);
+  if (typeof value === 'string')
+    return JSON.stringify(value.length > 80 ? `${value.slice(0, 77)}...` : value);
   if (typeof value === 'number' || typeof value === 'boolean' || value === null) return String(value);
   return kind(value);
 }
@@ -72,14 +73,14 @@ export const counter: Decoder<number> = (value, path) =>
     ? value
     : fail(path, 'an integer >= 0', show(value));
 
-const UUID_TEXT =
-  /^(?:urn:uuid:)?([0-9a-f]{8})-([0-9a-f]{4})-([0-9a-f]{4})-([0-9a-f]{4})-([0-9a-f]{12})$/i;
+const UUID_TEXT = /^(?:urn:uuid:)?([0-9a-f]{8})-([0-9a-f]{4})-([0-9a-f]{4})-([0-9a-f]{4})-([0-9a-f]{12})$/i;
 const UUID_BARE = /^([0-9a-f]{8})([0-9a-f]{4})([0-9a-f]{4})([0-9a-f]{4})([0-9a-f]{12})$/i;
 
 /** Normalised to hyphenated lower case. */
 export const uuid: Decoder<string> = (value, path) => {
   if (typeof value !== 'string') return fail(path, 'a UUID', show(value));
-  const text = value.length === 38 && value.startsWith('{') && value.endsWith('}') ? value.slice(1, -1) : value;
+  const text =
+    value.length === 38 && value.startsWith('{') && value.endsWith('}') ? value.slice(1, -1) : value;
   const match = UUID_TEXT.exec(text) ?? UUID_BARE.exec(text);
   return match ? match.slice(1).join('-').toLowerCase() : fail(path, 'a UUID', show(value));
 };

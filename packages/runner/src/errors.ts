@@ -123,7 +123,8 @@ function messageOf(value: unknown): string {
     if (value instanceof Error) return value.message || value.name || 'unknown error';
     if (typeof value === 'string') return value || 'unknown error';
     if (value === undefined || value === null) return 'unknown error';
-    return typeof value === 'object' ? JSON.stringify(value) : String(value);
+    if (typeof value === 'object') return JSON.stringify(value);
+    return typeof value === 'function' ? `function ${value.name}` : (value as symbol).toString();
   } catch {
     // A getter or a cycle in the thrown value; where it was thrown matters more than what.
     return `a thrown ${typeof value} that cannot be shown`;

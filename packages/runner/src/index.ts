@@ -19,5 +19,6 @@ export type {
   MultipartUpload,
   TaskContext,
 } from './context.ts';
+export { materializedInput } from './materialized-input.ts';
 export { MAX_CAPABILITY_BYTES, checkCapability, defineRunner } from './runner.ts';
 export type { Runner } from './runner.ts';

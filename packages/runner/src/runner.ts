@@ -31,17 +31,19 @@ export function defineRunner(definition: Runner): Runner {
   if (typeof definition !== 'object' || definition === null) {
     throw new MillraceError('invalid_argument', `defineRunner takes an object, got ${kind(definition)}`);
   }
-  checkCapability(definition.capability);
-  if (typeof definition.run !== 'function') {
+  const given: Readonly<Partial<Record<keyof Runner, unknown>>> = definition;
+  const { capability } = given;
+  checkCapability(capability);
+  if (typeof given.run !== 'function') {
     throw new MillraceError(
       'invalid_argument',
-      `runner ${definition.capability}: run must be a function, got ${kind(definition.run)}`,
+      `runner ${capability}: run must be a function, got ${kind(given.run)}`,
     );
   }
-  if (definition.close !== undefined && typeof definition.close !== 'function') {
+  if (given.close !== undefined && typeof given.close !== 'function') {
     throw new MillraceError(
       'invalid_argument',
-      `runner ${definition.capability}: close must be a function or absent, got ${kind(definition.close)}`,
+      `runner ${capability}: close must be a function or absent, got ${kind(given.close)}`,
     );
   }
   return definition;
