@@ -1,0 +1,59 @@
+/**
+ * The seam between the dispatcher and where bytes live. Content-addressed by SHA-256; equal bytes are stored once.
+ * Implementations: `blobs/files.ts`; S3 follows. `blobs/suite.ts` proves any of them.
+ */
+import type { Readable } from 'node:stream';
+import type { ByteStream } from '@millrace/runner';
+
+export interface BlobInfo {
+  /** `sha256:<64 hex>`. */
+  readonly digest: string;
+  readonly size: number;
+}
+
+export interface StoredBlob extends BlobInfo {
+  /** When the newest put of these bytes was committed, epoch milliseconds. */
+  readonly putAtMs: number;
+}
+
+export interface PutOptions {
+  /** More bytes than this end the put with `resource_exhausted`, nothing kept. */
+  readonly maxBytes: number;
+  /** The bytes must be these, else `data_loss`, nothing kept. */
+  readonly expect?: { readonly digest?: string; readonly size?: number };
+  readonly signal?: AbortSignal;
+}
+
+export interface BlobStore extends AsyncDisposable {
+  /** Hashes while storing; resolves when the bytes are durable under their digest. */
+  put(bytes: ByteStream, options: PutOptions): Promise<BlobInfo>;
+  /** Null when absent. */
+  stat(digest: string): Promise<BlobInfo | null>;
+  /**
+   * The bytes from `start` to `end` (inclusive, both optional). A whole read is verified: the stream ends with a
+   * `data_loss` error instead of its last chunk when the stored bytes do not match. `not_found` when absent,
+   * `invalid_argument` for a range that is not within the blob.
+   */
+  open(digest: string, range?: { readonly start?: number; readonly end?: number }): Promise<Readable>;
+  /** Staging for a chunked upload: parts may arrive in any order and again. Returns the part's digest. */
+  putPart(uploadId: string, partNumber: number, bytes: ByteStream, options: PutOptions): Promise<BlobInfo>;
+  /**
+   * Joins parts 1..n in order into one blob; none give the empty blob. The staging stays until {@link dropParts}, so
+   * whoever crashes before the result is named can join again. `data_loss` when a part is not the one of that digest.
+   */
+  joinParts(
+    uploadId: string,
+    parts: readonly { readonly partNumber: number; readonly digest: string }[],
+  ): Promise<BlobInfo>;
+  /** Drops the staging. Harmless when there is none. */
+  dropParts(uploadId: string): Promise<void>;
+  /** Every upload that has staging, with the time of its newest part, epoch milliseconds. */
+  listUploads(): AsyncIterable<{ readonly uploadId: string; readonly putAtMs: number }>;
+  /** Every digest stored, in any order. */
+  list(): AsyncIterable<StoredBlob>;
+  /**
+   * False when there was nothing to delete, or when the blob was put (again) at `ifPutBeforeMs` or later: a put
+   * that is about to be named is never undone by a collector that looked earlier.
+   */
+  delete(digest: string, options?: { readonly ifPutBeforeMs?: number }): Promise<boolean>;
+}

@@ -1,0 +1,133 @@
+/**
+ * The client side of domain storage: one request each, no retries. Retry, token rotation and naming rules are the
+ * caller's (`@millrace/node` storage, the command line). Nothing is buffered whole: bodies are streams.
+ *
+ * Errors as in `dms.ts`, with the reference's texts (`not found (404)`, `server error (503)`, `network error: …`) as
+ * messages.
+ */
+import type { Readable } from 'node:stream';
+import type { ByteStream, Clock } from '@millrace/runner';
+import type { CallOptions } from './dms.ts';
+
+export interface DataItem {
+  readonly id: string;
+  readonly domain_id: string;
+  readonly name: string;
+  readonly data_type: string;
+  readonly size: number;
+  readonly created_at: string;
+  readonly updated_at: string;
+}
+
+/** One part of a multipart download. `body` must be consumed (or destroyed) before the next part is asked for. */
+export interface DownloadPart {
+  readonly id: string;
+  readonly name: string;
+  readonly data_type: string;
+  readonly domain_id: string;
+  readonly size: number;
+  /**
+   * `sha256:<hex>`; null where the server does not tell (ours does). Where it does, `body` ends with `data_loss` instead
+   * of its last chunk when the bytes are others.
+   */
+  readonly digest: string | null;
+  readonly body: Readable;
+}
+
+export interface StorageInfo {
+  readonly requestMaxBytes: number;
+  readonly domainDataMaxBytes: number | null;
+  readonly multipartEnabled: boolean;
+}
+
+export interface DownloadQuery {
+  readonly domainId: string;
+  readonly ids: readonly string[];
+  readonly name?: string;
+  readonly dataType?: string;
+}
+
+/** Where an item goes: a new one under name and type, or the bytes of an existing one. */
+export type UploadTarget =
+  { readonly name: string; readonly dataType: string } | { readonly existingId: string };
+
+export interface StartUpload {
+  readonly domainId: string;
+  readonly name: string;
+  readonly dataType: string;
+  /** null when not known beforehand. */
+  readonly size: number | null;
+  readonly existingId: string | null;
+}
+
+export interface UploadSession {
+  readonly uploadId: string;
+  readonly partSize: number;
+  /** null from a server of the older kind. */
+  readonly dataId: string | null;
+}
+
+export interface DomainStorage {
+  /** Null when the server has no such endpoint (404). Cached for 60 s. */
+  info(options?: CallOptions): Promise<StorageInfo | null>;
+  /**
+   * The parts of `GET .../data` in order, verified against their sizes and the final boundary: a body that ends early
+   * is `data_loss`, an answer without parts `not_found`.
+   */
+  download(query: DownloadQuery, options?: CallOptions): AsyncIterable<DownloadPart>;
+  /** The bytes of one item by `?raw=true`, with its size and digest if told. */
+  openRaw(
+    domainId: string,
+    id: string,
+    range?: { readonly start: number; readonly end?: number },
+    options?: CallOptions,
+  ): Promise<{ readonly body: Readable; readonly size: number | null; readonly digest: string | null }>;
+  /** Items by name and type filters. Empty when there are none (also for 404). */
+  find(
+    domainId: string,
+    filter: { readonly name?: string; readonly dataType?: string },
+    options?: CallOptions,
+  ): Promise<DataItem[]>;
+  get(domainId: string, id: string, options?: CallOptions): Promise<DataItem | null>;
+  /** The single upload: POST creates, PUT replaces. The item, or null when the server's list is empty. */
+  put(
+    domainId: string,
+    target: UploadTarget,
+    bytes: Uint8Array,
+    options?: CallOptions,
+  ): Promise<DataItem | null>;
+  /** @throws `unimplemented` for 404, 405 and 501: the server has no chunked upload. */
+  startUpload(request: StartUpload, options?: CallOptions): Promise<UploadSession>;
+  /** Returns the etag. `size` bytes are taken from `body`. */
+  putPart(
+    domainId: string,
+    uploadId: string,
+    partNumber: number,
+    body: Uint8Array | ByteStream,
+    size: number,
+    options?: CallOptions,
+  ): Promise<string>;
+  /** Returns the data id. */
+  finishUpload(
+    domainId: string,
+    uploadId: string,
+    parts: readonly { readonly part_number: number; readonly etag: string }[],
+    options?: CallOptions,
+  ): Promise<string>;
+  /** Best effort; resolves whatever the answer. */
+  abortUpload(domainId: string, uploadId: string, options?: CallOptions): Promise<void>;
+  delete(domainId: string, id: string, options?: CallOptions): Promise<boolean>;
+}
+
+export interface DomainStorageOptions {
+  /** The lease's `domain_server_url`; trailing slashes are removed. */
+  readonly baseUrl: string;
+  /** Read anew for every request, so rotation takes effect. */
+  readonly token: () => string;
+  /** Sent as `posemesh-client-id` with every request. */
+  readonly clientId: string;
+  /** Per request: time to the response head, and longest silence while a body flows. Milliseconds. Default 60,000. */
+  readonly timeoutMs?: number;
+  /** Ages the answer of `info`. Default: the machine's. */
+  readonly clock?: Clock;
+}

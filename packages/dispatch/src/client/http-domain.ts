@@ -1,0 +1,593 @@
+/** {@link DomainStorage} over HTTP. See there for what each call promises. */
+import { randomBytes } from 'node:crypto';
+import { Readable } from 'node:stream';
+import { MillraceError, systemClock, type ByteStream, type Clock } from '@millrace/runner';
+import * as decode from '@millrace/runner/decode';
+import { downloadBoundary, readDownload, uploadEnvelope, type MultipartPart } from '../multipart.ts';
+import { pullFrom, readableFrom, verified, type Pull } from '../pull-stream.ts';
+import type { CallOptions } from './dms.ts';
+import type {
+  DataItem,
+  DomainStorage,
+  DomainStorageOptions,
+  DownloadPart,
+  DownloadQuery,
+  StartUpload,
+  StorageInfo,
+  UploadSession,
+  UploadTarget,
+} from './domain.ts';
+import {
+  HttpOrigin,
+  codeOfStatus,
+  previewBody,
+  transportError,
+  type HttpRequest,
+  type HttpResponse,
+} from './http.ts';
+
+/** How long an answer of `info` is believed. */
+const INFO_TTL_MS = 60_000;
+
+/** Joining parts takes the server a while: this is granted per part on top of the usual timeout. */
+const JOIN_MS_PER_PART = 1_000;
+
+/** Metadata of this many bytes at most. A list of a whole domain may be long. */
+const LIST_BYTES = 64 * 1024 * 1024;
+
+const ITEM: { readonly [K in keyof DataItem]: decode.Decoder<DataItem[K]> } = {
+  id: decode.string,
+  domain_id: decode.string,
+  name: decode.string,
+  data_type: decode.string,
+  size: decode.counter,
+  created_at: decode.string,
+  updated_at: decode.string,
+};
+
+/**
+ * Clients of domain servers that share connections, and what is known about each server, by address. Close it to close
+ * the connections; the clients it gave have nothing of their own to close.
+ */
+export interface DomainPool extends AsyncDisposable {
+  /**
+   * @throws MillraceError `invalid_argument` for a base URL that is not http(s), or a client id a header cannot carry.
+   */
+  storage(options: DomainStorageOptions): DomainStorage;
+}
+
+export function openDomainPool(): DomainPool {
+  const servers = new Map<string, DomainServer>();
+  return {
+    storage(options) {
+      const timeoutMs = options.timeoutMs ?? DEFAULT_TIMEOUT_MS;
+      const key = `${timeoutMs} ${options.baseUrl.replace(/\/+$/, '')}`;
+      let server = servers.get(key);
+      if (server === undefined) servers.set(key, (server = new DomainServer(options.baseUrl, timeoutMs)));
+      return new HttpDomainStorage(server, options);
+    },
+    [Symbol.asyncDispose]: async () => {
+      await Promise.all([...servers.values()].map((server) => server.http.close()));
+    },
+  };
+}
+
+/**
+ * Opens a client of one domain server, with connections of its own. Close it.
+ *
+ * @throws MillraceError as {@link DomainPool.storage}
+ */
+export function openDomainStorage(options: DomainStorageOptions): DomainStorage & AsyncDisposable {
+  const pool = openDomainPool();
+  return Object.assign(pool.storage(options), {
+    [Symbol.asyncDispose]: () => pool[Symbol.asyncDispose](),
+  });
+}
+
+const DEFAULT_TIMEOUT_MS = 60_000;
+
+class DomainServer {
+  readonly http: HttpOrigin;
+  readonly timeoutMs: number;
+  info: { readonly value: StorageInfo | null; readonly untilMs: number } | null = null;
+
+  constructor(baseUrl: string, timeoutMs: number) {
+    this.http = new HttpOrigin({ baseUrl, timeoutMs });
+    this.timeoutMs = timeoutMs;
+  }
+}
+
+class HttpDomainStorage implements DomainStorage {
+  readonly #server: DomainServer;
+  readonly #token: () => string;
+  readonly #clientId: string;
+  readonly #clock: Clock;
+
+  constructor(server: DomainServer, options: DomainStorageOptions) {
+    if (!/^[\x20-\x7e]+$/.test(options.clientId)) {
+      throw new MillraceError(
+        'invalid_argument',
+        `client id must be visible ASCII characters, got ${JSON.stringify(options.clientId)}`,
+      );
+    }
+    this.#server = server;
+    this.#token = options.token;
+    this.#clientId = options.clientId;
+    this.#clock = options.clock ?? systemClock;
+  }
+
+  async info(options: CallOptions = {}): Promise<StorageInfo | null> {
+    const server = this.#server;
+    if (server.info !== null && this.#clock.monotonic() < server.info.untilMs) return server.info.value;
+    // The one call without a token: the reference sends none, so a server may not expect one.
+    const response = await this.#server.http.request({
+      method: 'GET',
+      path: '/api/v1/info',
+      headers: { 'posemesh-client-id': this.#clientId },
+      ...options,
+    });
+    const value = response.status === 404 ? null : parseInfo(await jsonOf(response, 'info'));
+    if (value === null) await response.discard();
+    server.info = { value, untilMs: this.#clock.monotonic() + INFO_TTL_MS };
+    return value;
+  }
+
+  async *download(query: DownloadQuery, options: CallOptions = {}): AsyncGenerator<DownloadPart> {
+    const params = new URLSearchParams();
+    if (query.name !== undefined) params.set('name', query.name);
+    if (query.dataType !== undefined) params.set('data_type', query.dataType);
+    // The commas between ids stay commas: reference servers take the list as it stands.
+    const ids = query.ids.map((id) => encodeURIComponent(id)).join(',');
+    const text = [ids === '' ? '' : `ids=${ids}`, params.toString()].filter((part) => part !== '').join('&');
+    const response = await this.#send('download', {
+      method: 'GET',
+      path: `${dataPath(query.domainId)}${text === '' ? '' : `?${text}`}`,
+      headers: { accept: 'multipart/form-data' },
+      ...options,
+    });
+    let boundary: string;
+    try {
+      boundary = downloadBoundary(response.header('content-type'));
+    } catch (error) {
+      giveUp(response);
+      throw error;
+    }
+    let parts = 0;
+    const source = bodyOf(response, 'download', options.signal);
+    for await (const part of readDownload(source, boundary)) {
+      parts += 1;
+      const meta = partMeta(part);
+      const checked =
+        meta.digest === null
+          ? part.pull
+          : verified(part.pull, { digest: meta.digest, size: meta.size }, `data item ${meta.id}`);
+      let broken: { readonly error: unknown } | null = null;
+      const pull: Pull = async () => {
+        try {
+          return await checked();
+        } catch (error) {
+          broken = { error };
+          throw error;
+        }
+      };
+      const body = readableFrom({ pull, close: () => {} });
+      try {
+        yield { ...meta, body };
+        // Not what became of `body`, which the caller may destroy as it likes.
+        if (broken !== null) throw (broken as { readonly error: unknown }).error;
+      } finally {
+        // What the caller left unread is skipped by the parser, which must not race this stream for it.
+        await destroyed(body);
+      }
+    }
+    if (parts === 0) throw statusErrorOf(404, 'download', 'the answer has no parts');
+  }
+
+  async openRaw(
+    domainId: string,
+    id: string,
+    range?: { readonly start: number; readonly end?: number },
+    options: CallOptions = {},
+  ): Promise<{ readonly body: Readable; readonly size: number | null; readonly digest: string | null }> {
+    const response = await this.#send('raw download', {
+      method: 'GET',
+      path: `${dataPath(domainId)}/${encodeURIComponent(id)}?raw=true`,
+      headers: range === undefined ? {} : { range: `bytes=${range.start}-${range.end ?? ''}` },
+      ...options,
+    });
+    if (range !== undefined && response.status !== 206) {
+      giveUp(response);
+      throw new MillraceError(
+        'unimplemented',
+        `raw download: a range was asked for, status ${response.status}`,
+      );
+    }
+    const length = response.header('content-length');
+    const size = length === null ? null : Number(length);
+    const digest = /^"(sha256:[0-9a-f]{64})"$/.exec(response.header('etag') ?? '')?.[1] ?? null;
+    const source = pullFrom(bodyOf(response, 'raw download', options.signal));
+    const expect =
+      digest === null || range !== undefined ? null : size === null ? { digest } : { digest, size };
+    const pull = expect === null ? source.pull : verified(source.pull, expect, `data item ${id}`);
+    return { body: readableFrom({ pull, close: () => source.close(), abandon: () => giveUp(response) }), size, digest };
+  }
+
+  async find(
+    domainId: string,
+    filter: { readonly name?: string; readonly dataType?: string },
+    options: CallOptions = {},
+  ): Promise<DataItem[]> {
+    const params = new URLSearchParams();
+    if (filter.name !== undefined) params.set('name', filter.name);
+    if (filter.dataType !== undefined) params.set('data_type', filter.dataType);
+    const text = params.toString();
+    const response = await this.#request({
+      method: 'GET',
+      path: `${dataPath(domainId)}${text === '' ? '' : `?${text}`}`,
+      headers: { accept: 'application/json' },
+      ...options,
+    });
+    if (response.status === 404) {
+      await response.discard();
+      return [];
+    }
+    return parseList(await jsonOf(response, 'lookup'), 'lookup');
+  }
+
+  async get(domainId: string, id: string, options: CallOptions = {}): Promise<DataItem | null> {
+    const response = await this.#request({
+      method: 'GET',
+      path: `${dataPath(domainId)}/${encodeURIComponent(id)}`,
+      headers: { accept: 'application/json' },
+      ...options,
+    });
+    if (response.status === 404) {
+      await response.discard();
+      return null;
+    }
+    return parseItem(await jsonOf(response, 'get'), 'get');
+  }
+
+  async put(
+    domainId: string,
+    target: UploadTarget,
+    bytes: Uint8Array,
+    options: CallOptions = {},
+  ): Promise<DataItem | null> {
+    for (const [what, value] of Object.entries(target)) checkParameter(what, value);
+    const boundary = boundaryAbsentFrom(bytes);
+    const { head, tail } = uploadEnvelope(target, boundary);
+    const response = await this.#send('upload', {
+      method: 'existingId' in target ? 'PUT' : 'POST',
+      path: dataPath(domainId),
+      headers: {
+        'content-type': `multipart/form-data; boundary=${boundary}`,
+        'content-length': String(head.length + bytes.length + tail.length),
+      },
+      body:
+        bytes.length <= SLICE
+          ? Buffer.concat([head, bytes, tail])
+          : Readable.from(slices(head, bytes, tail), { objectMode: false }),
+      ...options,
+    });
+    const [first] = parseList(await jsonOf(response, 'upload'), 'upload');
+    return first ?? null;
+  }
+
+  async startUpload(request: StartUpload, options: CallOptions = {}): Promise<UploadSession> {
+    const response = await this.#request({
+      method: 'POST',
+      path: `${dataPath(request.domainId)}/multipart?uploads`,
+      json: {
+        name: request.name,
+        data_type: request.dataType,
+        size: request.size,
+        content_type: 'application/octet-stream',
+        existing_id: request.existingId,
+      },
+      ...options,
+    });
+    // 404 is also how a server tells that `existing_id` is unknown; ours says it in words that are not the route's.
+    if ([404, 405, 501].includes(response.status)) {
+      const error = await failure(response, 'start of a chunked upload');
+      throw new MillraceError('unimplemented', error.message, { details: error.details });
+    }
+    const answer = await jsonOf(response, 'start of a chunked upload');
+    return decoded('start of a chunked upload', () => {
+      const raw = decode.object(answer, 'answer');
+      const partSize = decode.counter(raw['part_size'], 'part_size');
+      if (partSize === 0) throw new MillraceError('invalid_argument', 'part_size must be > 0, got 0');
+      return {
+        uploadId: decode.string(raw['upload_id'], 'upload_id'),
+        partSize,
+        dataId: decode.optional(decode.string)(raw['data_id'], 'data_id'),
+      };
+    });
+  }
+
+  async putPart(
+    domainId: string,
+    uploadId: string,
+    partNumber: number,
+    body: Uint8Array | ByteStream,
+    size: number,
+    options: CallOptions = {},
+  ): Promise<string> {
+    const what = `part ${partNumber}`;
+    let broken: { readonly error: unknown } | null = null;
+    async function* checked(source: ByteStream): AsyncGenerator<Uint8Array> {
+      try {
+        yield* exactly(source, size, what);
+      } catch (error) {
+        broken = { error };
+        throw error;
+      }
+    }
+    try {
+      const response = await this.#send(what, {
+        method: 'PUT',
+        path: `${uploadPath(domainId, uploadId)}&partNumber=${partNumber}`,
+        headers: { 'content-type': 'application/octet-stream', 'content-length': String(size) },
+        body: body instanceof Uint8Array ? body : Readable.from(checked(body), { objectMode: false }),
+        ...options,
+      });
+      const raw = await jsonOf(response, what);
+      return decoded(what, () => decode.string(decode.object(raw, 'answer')['etag'], 'etag'));
+    } catch (error) {
+      // The transport reports what the caller's own stream threw as an error of the network.
+      throw broken === null ? error : (broken as { readonly error: unknown }).error;
+    }
+  }
+
+  async finishUpload(
+    domainId: string,
+    uploadId: string,
+    parts: readonly { readonly part_number: number; readonly etag: string }[],
+    options: CallOptions = {},
+  ): Promise<string> {
+    const what = 'completion of a chunked upload';
+    const response = await this.#send(what, {
+      method: 'POST',
+      path: uploadPath(domainId, uploadId),
+      json: { parts },
+      timeoutMs: this.#server.timeoutMs + parts.length * JOIN_MS_PER_PART,
+      ...options,
+    });
+    const raw = await jsonOf(response, what);
+    return decoded(what, () => decode.string(decode.object(raw, 'answer')['id'], 'id'));
+  }
+
+  async abortUpload(domainId: string, uploadId: string, options: CallOptions = {}): Promise<void> {
+    try {
+      const response = await this.#request({
+        method: 'DELETE',
+        path: uploadPath(domainId, uploadId),
+        ...options,
+      });
+      await response.discard();
+    } catch {
+      // Best effort by contract: the server drops the upload when it expires.
+    }
+  }
+
+  async delete(domainId: string, id: string, options: CallOptions = {}): Promise<boolean> {
+    const response = await this.#request({
+      method: 'DELETE',
+      path: `${dataPath(domainId)}/${encodeURIComponent(id)}`,
+      ...options,
+    });
+    if (response.status !== 404 && !isSuccess(response.status)) throw await failure(response, 'delete');
+    await response.discard();
+    return response.status !== 404;
+  }
+
+  /** A request with our two headers, whatever its answer. */
+  async #request(request: HttpRequest): Promise<HttpResponse> {
+    return this.#server.http.request({
+      ...request,
+      headers: {
+        ...request.headers,
+        authorization: `Bearer ${this.#token()}`,
+        'posemesh-client-id': this.#clientId,
+      },
+    });
+  }
+
+  /** The same, for calls to which everything but a success is an error. */
+  async #send(what: string, request: HttpRequest): Promise<HttpResponse> {
+    const response = await this.#request(request);
+    if (!isSuccess(response.status)) throw await failure(response, what);
+    return response;
+  }
+}
+
+function dataPath(domainId: string): string {
+  return `/api/v1/domains/${encodeURIComponent(domainId)}/data`;
+}
+
+function uploadPath(domainId: string, uploadId: string): string {
+  return `${dataPath(domainId)}/multipart?uploadId=${encodeURIComponent(uploadId)}`;
+}
+
+function isSuccess(status: number): boolean {
+  return status >= 200 && status <= 299;
+}
+
+/** The error of an answer, in the reference's words followed by what the server said. */
+async function failure(response: HttpResponse, what: string): Promise<MillraceError> {
+  const retryAfter = Number(response.header('retry-after') ?? NaN);
+  const body = await response.text(64 * 1024).catch(() => '');
+  return statusErrorOf(response.status, what, body, Number.isFinite(retryAfter) ? retryAfter * 1000 : null);
+}
+
+function statusErrorOf(
+  status: number,
+  what: string,
+  body: string,
+  retryAfterMs: number | null = null,
+): MillraceError {
+  const code = codeOfStatus(status);
+  const said = previewBody(body).trim();
+  return new MillraceError(code, `${statusText(status)}${said === '' ? '' : `: ${said}`}`, {
+    retryable: code === 'unavailable' || status === 429,
+    details: { status, call: what, ...(retryAfterMs === null ? {} : { retry_after_ms: retryAfterMs }) },
+  });
+}
+
+/** Posemesh protocol, section 4.10. */
+function statusText(status: number): string {
+  if (status === 400) return 'bad request (400)';
+  if (status === 401) return 'unauthorized (401)';
+  if (status === 404) return 'not found (404)';
+  if (status === 409) return 'conflict (409)';
+  if (status >= 500 && status <= 599) return `server error (${status})`;
+  return `other storage error: unexpected status: ${status}`;
+}
+
+async function jsonOf(response: HttpResponse, what: string): Promise<unknown> {
+  if (!isSuccess(response.status)) throw await failure(response, what);
+  return response.json(LIST_BYTES);
+}
+
+/** Answers that are not of the agreed form are the server's fault, not the caller's. */
+function decoded<T>(what: string, read: () => T): T {
+  try {
+    return read();
+  } catch (cause) {
+    throw new MillraceError('data_loss', `${what}: ${MillraceError.from(cause).message}`, {
+      cause,
+      retryable: true,
+    });
+  }
+}
+
+function parseItem(value: unknown, what: string): DataItem {
+  return decoded(what, () => decode.members(ITEM, value, 'item'));
+}
+
+function parseList(value: unknown, what: string): DataItem[] {
+  return decoded(what, () =>
+    decode
+      .arrayOf((item, path) => decode.members(ITEM, item, path))(
+        decode.object(value, 'answer')['data'],
+        'data',
+      )
+      .slice(),
+  );
+}
+
+function parseInfo(value: unknown): StorageInfo {
+  return decoded('info', () => {
+    const root = decode.object(value, 'answer');
+    const upload = decode.object(root['upload'], 'upload');
+    const multipart = decode.object(upload['multipart'], 'upload.multipart');
+    return {
+      requestMaxBytes: decode.integer(upload['request_max_bytes'], 'upload.request_max_bytes'),
+      domainDataMaxBytes: decode.optional(decode.integer)(
+        upload['domain_data_max_bytes'],
+        'upload.domain_data_max_bytes',
+      ),
+      multipartEnabled: decode.boolean(multipart['enabled'], 'upload.multipart.enabled'),
+    };
+  });
+}
+
+/**
+ * The chunks of an answer, transport errors in our codes. No generator: leaving one that was never asked for a chunk
+ * would run none of its code, and the connection would stay taken.
+ */
+function bodyOf(response: HttpResponse, what: string, signal: AbortSignal | undefined): ByteStream {
+  return {
+    [Symbol.asyncIterator]: () => {
+      const chunks = (response.body as AsyncIterable<Buffer>)[Symbol.asyncIterator]();
+      return {
+        next: async () => {
+          try {
+            return await chunks.next();
+          } catch (error) {
+            throw transportError(error, what, signal);
+          }
+        },
+        return: async () => {
+          giveUp(response);
+          return { done: true, value: undefined };
+        },
+      };
+    },
+  };
+}
+
+/** Leaves the rest of an answer unread. undici reports that as an error of the body, which nobody is there to hear. */
+function giveUp(response: HttpResponse): void {
+  response.body.once('error', () => {});
+  response.body.destroy();
+}
+
+function partMeta(part: MultipartPart): Omit<DownloadPart, 'body'> {
+  return {
+    id: part.params.get('id') ?? '',
+    name: part.params.get('name') ?? '',
+    data_type: part.params.get('data-type') ?? '',
+    domain_id: part.params.get('domain-id') ?? '',
+    size: Number(part.params.get('size') ?? 0),
+    digest: /^sha256:[0-9a-f]{64}$/.exec(part.params.get('digest') ?? '')?.[0] ?? null,
+  };
+}
+
+/** Destroys a stream and waits until nothing of it is under way. */
+async function destroyed(stream: Readable): Promise<void> {
+  if (stream.closed) return;
+  const closed = new Promise<void>((resolve) => void stream.once('close', resolve));
+  stream.once('error', () => {}); // Reported by whoever reads it; here only that it is over matters.
+  stream.destroy();
+  await closed;
+}
+
+/** Values go into a header without escaping, so what could end it is refused. */
+function checkParameter(what: string, value: string): void {
+  // eslint-disable-next-line no-control-regex -- control characters are exactly what is refused
+  if (value === '' || /[";\u0000-\u001f\u007f]/.test(value)) {
+    throw new MillraceError(
+      'invalid_argument',
+      `${what} of an upload must not be empty nor contain ", ; or control characters, got ${JSON.stringify(value)}`,
+    );
+  }
+}
+
+/** Bytes of the body of a single upload of `size` bytes: what a server's `request_max_bytes` bounds. */
+export function singleUploadBytes(target: UploadTarget, size: number): number {
+  const { head, tail } = uploadEnvelope(target, '0'.repeat(2 * BOUNDARY_RANDOM_BYTES));
+  return head.length + size + tail.length;
+}
+
+const BOUNDARY_RANDOM_BYTES = 15;
+
+/** The reference's boundary is fixed and may occur in the payload; 120 random bits do not, and that is checked. */
+function boundaryAbsentFrom(bytes: Uint8Array): string {
+  const payload = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  for (;;) {
+    const boundary = randomBytes(BOUNDARY_RANDOM_BYTES).toString('hex');
+    if (!payload.includes(boundary)) return boundary;
+  }
+}
+
+const SLICE = 64 * 1024;
+
+/** In slices, so the socket's backpressure is felt and nothing large is copied whole. */
+function* slices(...buffers: readonly Uint8Array[]): Generator<Uint8Array> {
+  for (const bytes of buffers) {
+    for (let at = 0; at < bytes.length; at += SLICE) yield bytes.subarray(at, at + SLICE);
+  }
+}
+
+async function* exactly(source: ByteStream, size: number, what: string): AsyncGenerator<Uint8Array> {
+  let sent = 0;
+  const wrong = (): MillraceError =>
+    new MillraceError('invalid_argument', `${what}: ${size} bytes were announced, the stream gave ${sent}`);
+  for await (const chunk of source) {
+    sent += chunk.length;
+    if (sent > size) throw wrong();
+    yield chunk;
+  }
+  if (sent < size) throw wrong();
+}

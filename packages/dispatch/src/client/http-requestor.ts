@@ -1,0 +1,329 @@
+/** The requestor's side over HTTP: jobs, events, nodes, and storage under the same token. */
+import { randomUUID } from 'node:crypto';
+import { ERROR_CODES, MillraceError, sleep, systemClock, type ErrorCode } from '@millrace/runner';
+import { members, object, string } from '@millrace/runner/decode';
+import type { BusyNode, JobDetail, JobEvent, JobStatus, NodeMode, NodeRecord } from '../records.ts';
+import type { CallOptions } from './dms.ts';
+import type { DomainStorage } from './domain.ts';
+import { openDomainStorage } from './http-domain.ts';
+import { HttpOrigin, codeOfStatus, previewBody, transportError, type HttpResponse } from './http.ts';
+import type { JobSubmission, JobsPage, Requestor, RequestorOptions } from './requestor.ts';
+
+/** A job of 10,000 tasks is about 10 MiB. */
+const MAX_ANSWER_BYTES = 256 * 1024 * 1024;
+
+/** The server sends a comment every 15 s; a stream silent for longer is dead. */
+const STREAM_SILENCE_MS = 45_000;
+
+/** How long a broken event stream is tried again before the caller hears of it. */
+const RECONNECT_MS = 60_000;
+const FIRST_RETRY_MS = 100;
+const LONGEST_RETRY_MS = 5_000;
+
+/** One event; the server bounds them far below. */
+const MAX_FRAME_CHARS = 8 * 1024 * 1024;
+
+/**
+ * A requestor of one dispatcher. Nothing is sent before the first call; calls may be concurrent. Errors are
+ * MillraceErrors with the dispatcher's own sentence, and `details.status` when it answered at all.
+ *
+ * @throws MillraceError `invalid_argument` for a URL that is not http(s)
+ */
+export function connect(options: RequestorOptions): Requestor & AsyncDisposable {
+  return new HttpRequestor(options);
+}
+
+interface Call {
+  readonly method: 'GET' | 'POST' | 'DELETE';
+  readonly path: string;
+  readonly json?: unknown;
+  readonly headers?: Readonly<Record<string, string>>;
+  readonly timeoutMs?: number;
+}
+
+class HttpRequestor implements Requestor, AsyncDisposable {
+  readonly storage: DomainStorage;
+  readonly #origin: HttpOrigin;
+  readonly #token: string;
+  readonly #ownStorage: DomainStorage & AsyncDisposable;
+
+  constructor(options: RequestorOptions) {
+    const timeoutMs = options.timeoutMs ?? 30_000;
+    this.#token = options.token;
+    this.#origin = new HttpOrigin({ baseUrl: options.url, timeoutMs, userAgent: 'millrace' });
+    this.#ownStorage = openDomainStorage({
+      baseUrl: options.url,
+      token: () => options.token,
+      clientId: `millrace-requestor/${randomUUID()}`,
+      timeoutMs,
+    });
+    this.storage = this.#ownStorage;
+  }
+
+  async submit(
+    job: JobSubmission,
+    options: CallOptions & { readonly idempotencyKey?: string } = {},
+  ): Promise<string> {
+    const { idempotencyKey } = options;
+    const answer = await this.#json(
+      {
+        method: 'POST',
+        path: '/v1/jobs',
+        json: job,
+        headers: idempotencyKey === undefined ? {} : { 'idempotency-key': idempotencyKey },
+      },
+      options,
+    );
+    return string(object(answer, 'answer')['job_id'], 'job_id');
+  }
+
+  async jobs(query: Parameters<Requestor['jobs']>[0] = {}, options: CallOptions = {}): Promise<JobsPage> {
+    const search = new URLSearchParams();
+    if (query.domainId !== undefined) search.set('domain_id', query.domainId);
+    if (query.status !== undefined) search.set('status', query.status);
+    for (const capability of query.capabilities ?? []) search.append('capabilities', capability);
+    if (query.limit !== undefined) search.set('limit', String(query.limit));
+    if (query.cursor !== undefined) search.set('cursor', query.cursor);
+    const text = search.toString();
+    const path = text === '' ? '/v1/jobs' : `/v1/jobs?${text}`;
+    return (await this.#json({ method: 'GET', path }, options)) as JobsPage;
+  }
+
+  async job(id: string, options: CallOptions = {}): Promise<JobDetail> {
+    return (await this.#json({ method: 'GET', path: jobPath(id) }, options)) as JobDetail;
+  }
+
+  async cancel(
+    id: string,
+    options: CallOptions = {},
+  ): Promise<{ readonly id: string; readonly status: JobStatus; readonly updated_at: string }> {
+    const answer = await this.#json({ method: 'POST', path: `${jobPath(id)}/cancel` }, options);
+    return answer as { id: string; status: JobStatus; updated_at: string };
+  }
+
+  async delete(id: string, options: CallOptions = {}): Promise<void> {
+    await this.#json({ method: 'DELETE', path: jobPath(id) }, options);
+  }
+
+  async *events(
+    id: string,
+    options: CallOptions & { readonly after?: number; readonly follow?: boolean } = {},
+  ): AsyncGenerator<JobEvent, void, undefined> {
+    const { signal } = options;
+    let after = options.after ?? 0;
+    if (options.follow === false) {
+      yield* this.#eventsSoFar(id, after, options);
+      return;
+    }
+    let connected = false;
+    let failures = 0;
+    let failingSince = 0;
+    for (;;) {
+      try {
+        const response = await this.#send(
+          {
+            method: 'GET',
+            path: `${jobPath(id)}/events?after=${after}`,
+            headers: { accept: 'text/event-stream' },
+            timeoutMs: STREAM_SILENCE_MS,
+          },
+          options,
+        );
+        // There is nothing after the terminal event, which the caller has.
+        if (response.status === 204) {
+          await response.discard();
+          return;
+        }
+        connected = true;
+        failures = 0;
+        for await (const event of readEvents(response, signal)) {
+          if (event.seq <= after) continue;
+          after = event.seq;
+          yield event;
+          if (isTerminal(event)) return;
+        }
+        // A server that closes ends its streams in good order.
+        failingSince = systemClock.monotonic();
+      } catch (error) {
+        if (signal?.aborted) throw signal.reason;
+        // The first connection is the caller's to judge: there may be nobody at that address.
+        if (!connected || !MillraceError.is(error) || error.code !== 'unavailable') throw error;
+        if (failures === 0) failingSince = systemClock.monotonic();
+        if (systemClock.monotonic() - failingSince >= RECONNECT_MS) throw error;
+      }
+      const delay = Math.min(LONGEST_RETRY_MS, FIRST_RETRY_MS * 2 ** failures);
+      failures += 1;
+      await sleep(systemClock, delay * (0.5 + Math.random() / 2), signal);
+    }
+  }
+
+  /** Page by page, until a page is empty. */
+  async *#eventsSoFar(
+    id: string,
+    from: number,
+    options: CallOptions,
+  ): AsyncGenerator<JobEvent, void, undefined> {
+    for (let after = from; ;) {
+      const answer = await this.#json(
+        { method: 'GET', path: `${jobPath(id)}/events?after=${after}` },
+        options,
+      );
+      const { items } = answer as { items: JobEvent[] };
+      yield* items;
+      const last = items.at(-1);
+      if (last === undefined) return;
+      after = last.seq;
+    }
+  }
+
+  async nodes(options: CallOptions = {}): Promise<readonly NodeRecord[]> {
+    const answer = await this.#json({ method: 'GET', path: '/v1/nodes' }, options);
+    return (answer as { nodes: NodeRecord[] }).nodes;
+  }
+
+  async busyNodes(options: CallOptions = {}): Promise<readonly BusyNode[]> {
+    const answer = await this.#json({ method: 'GET', path: '/v1/nodes/busy?mode=all' }, options);
+    return (answer as { nodes: BusyNode[] }).nodes;
+  }
+
+  async addNode(
+    node: { readonly name: string; readonly mode: NodeMode },
+    options: CallOptions = {},
+  ): Promise<{
+    readonly id: string;
+    readonly registrationSecret: string;
+    readonly registrationCredentials: string;
+  }> {
+    const answer = await this.#json({ method: 'POST', path: '/api/v1/nodes', json: node }, options);
+    const { id, registration_secret } = members<{ id: string; registration_secret: string }>(
+      { id: string, registration_secret: string },
+      answer,
+      'answer',
+    );
+    return {
+      id,
+      registrationSecret: registration_secret,
+      registrationCredentials: Buffer.from(`${id}:${registration_secret}`).toString('base64'),
+    };
+  }
+
+  async health(options: CallOptions = {}): Promise<{ readonly version: string; readonly domainId: string }> {
+    const answer = await this.#json({ method: 'GET', path: '/health' }, options);
+    const { version, domain_id } = members<{ version: string; domain_id: string }>(
+      { version: string, domain_id: string },
+      answer,
+      'answer',
+    );
+    return { version, domainId: domain_id };
+  }
+
+  async close(): Promise<void> {
+    await Promise.all([this.#origin.close(), this.#ownStorage[Symbol.asyncDispose]()]);
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.close();
+  }
+
+  async #json(call: Call, options: CallOptions): Promise<unknown> {
+    const response = await this.#send(call, options);
+    if (response.status === 204) {
+      await response.discard();
+      return null;
+    }
+    return await response.json(MAX_ANSWER_BYTES);
+  }
+
+  /** @throws MillraceError for every status that is not a success */
+  async #send(call: Call, { signal }: CallOptions): Promise<HttpResponse> {
+    const response = await this.#origin.request({
+      method: call.method,
+      path: call.path,
+      headers: { ...call.headers, authorization: `Bearer ${this.#token}` },
+      ...(call.json === undefined ? {} : { json: call.json }),
+      ...(call.timeoutMs === undefined ? {} : { timeoutMs: call.timeoutMs }),
+      ...(signal === undefined ? {} : { signal }),
+    });
+    if (response.status < 200 || response.status > 299) throw await answerError(call, response);
+    return response;
+  }
+}
+
+function jobPath(id: string): string {
+  return `/v1/jobs/${encodeURIComponent(id)}`;
+}
+
+function isTerminal(event: JobEvent): boolean {
+  return event.kind === 'job.completed' || event.kind === 'job.failed' || event.kind === 'job.canceled';
+}
+
+/** The dispatcher's own sentence where it gave one. */
+async function answerError(call: Call, response: HttpResponse): Promise<MillraceError> {
+  const { status } = response;
+  const body = await response.text(64 * 1024).catch(() => '');
+  const own = ownError(body);
+  const code = own?.code ?? codeOfStatus(status);
+  return new MillraceError(
+    code,
+    own?.message ?? `${call.method} ${call.path}: status ${status}; body: ${previewBody(body)}`,
+    { retryable: code === 'unavailable' || status === 429, details: { status } },
+  );
+}
+
+function ownError(body: string): { readonly code: ErrorCode; readonly message: string } | null {
+  try {
+    const { error } = JSON.parse(body) as { error?: { code?: unknown; message?: unknown } };
+    if (typeof error?.code !== 'string' || typeof error.message !== 'string') return null;
+    return Object.hasOwn(ERROR_CODES, error.code)
+      ? { code: error.code as ErrorCode, message: error.message }
+      : null;
+  } catch {
+    return null;
+  }
+}
+
+/** The events of one server-sent event stream. Breaking out ends the connection. */
+async function* readEvents(
+  response: HttpResponse,
+  signal: AbortSignal | undefined,
+): AsyncGenerator<JobEvent, void, undefined> {
+  const decoder = new TextDecoder();
+  let text = '';
+  try {
+    for await (const chunk of response.body as AsyncIterable<Uint8Array>) {
+      text += decoder.decode(chunk, { stream: true });
+      if (text.length > MAX_FRAME_CHARS) {
+        throw new MillraceError('data_loss', `an event is larger than ${MAX_FRAME_CHARS} characters`);
+      }
+      const frames = text.split('\n\n');
+      // What follows the last empty line is the beginning of the next frame.
+      text = frames.pop() ?? '';
+      for (const frame of frames) {
+        const event = parseFrame(frame);
+        if (event !== null) yield event;
+      }
+    }
+  } catch (error) {
+    throw MillraceError.is(error) ? error : transportError(error, 'event stream', signal);
+  } finally {
+    response.body.destroy();
+  }
+}
+
+/** Null for a comment. */
+function parseFrame(frame: string): JobEvent | null {
+  const data = frame
+    .split('\n')
+    .filter((line) => line.startsWith('data:'))
+    .map((line) => line.slice(line.startsWith('data: ') ? 6 : 5))
+    .join('\n');
+  if (data === '') return null;
+  try {
+    const event = object(JSON.parse(data), 'event');
+    if (!Number.isSafeInteger(event['seq']) || typeof event['kind'] !== 'string')
+      throw new Error('no seq or kind');
+    return event as unknown as JobEvent;
+  } catch (cause) {
+    throw new MillraceError('data_loss', 'the event stream holds something that is no event', { cause });
+  }
+}

@@ -1,0 +1,60 @@
+export { NO_FEATURES } from './dms.ts';
+export type {
+  ArtifactReport,
+  CallOptions,
+  Dms,
+  EndingReport,
+  Features,
+  HeartbeatReply,
+  LeaseHandle,
+  LeaseResult,
+  ReceivedLease,
+  TokenSource,
+} from './dms.ts';
+export type {
+  DataItem,
+  DomainStorage,
+  DomainStorageOptions,
+  DownloadPart,
+  DownloadQuery,
+  StartUpload,
+  StorageInfo,
+  UploadSession,
+  UploadTarget,
+} from './domain.ts';
+export type { JobSubmission, JobsPage, Requestor, RequestorOptions, TaskDraft } from './requestor.ts';
+export { HttpDms, openHttpDms } from './http-dms.ts';
+export type { HttpDmsOptions } from './http-dms.ts';
+export { connect } from './http-requestor.ts';
+export { openHttpDds } from './http-dds.ts';
+export type { HttpDdsOptions } from './http-dds.ts';
+export type { Dds, NodeToken, RegisterWalletRequest, SiweChallenge } from './dds.ts';
+export {
+  generatePrivateKeyHex,
+  parseSiweMessage,
+  recoverAddress,
+  signMessage,
+  siweMessage,
+  walletAddress,
+} from '../siwe.ts';
+export type { SiweMessage } from '../siwe.ts';
+export { openDomainPool, openDomainStorage, singleUploadBytes } from './http-domain.ts';
+export type { DomainPool } from './http-domain.ts';
+export { readableFrom, untilAborted } from '../pull-stream.ts';
+export type { Pull, PullSource } from '../pull-stream.ts';
+export { MAX_DATA_NAME_BYTES, checkDataName } from '../data-names.ts';
+export { DEFAULT_BODY_BYTES, HttpOrigin, codeOfStatus, previewBody, statusError } from './http.ts';
+export type { HttpOriginOptions, HttpRequest, HttpResponse } from './http.ts';
+export type {
+  BusyNode,
+  JobDetail,
+  JobEvent,
+  JobRecord,
+  JobStatus,
+  NodeMode,
+  NodeRecord,
+  ReceiptRecord,
+  TaskRecord,
+  TaskStatus,
+  TasksSummary,
+} from '../records.ts';

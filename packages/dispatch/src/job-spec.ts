@@ -1,0 +1,389 @@
+/**
+ * The one place where a submitted job is read: unknown bytes in, a {@link JobSpec} with every default filled in out.
+ * Everything past this file trusts its types.
+ *
+ * Unknown members are ignored, absent and `null` are the same for optional members. All problems are reported at once.
+ */
+import { MillraceError, checkCapability } from '@millrace/runner';
+import type { Json, JsonObject } from '@millrace/runner';
+import { z } from 'zod';
+import type { JobSpec, TaskSubmission } from './records.ts';
+
+/** Bounds of one job. Lengths are bytes of UTF-8. */
+export const JOB_LIMITS = {
+  /** Labels and stage names. */
+  nameBytes: 256,
+  /** Entries of `capability_filters`; its keys and values are bound by `nameBytes`. */
+  filters: 32,
+  /** Inputs of one task, `stage:` references resolved. */
+  inputsPerTask: 10_000,
+  /** Inputs of all tasks as submitted. */
+  inputsPerJob: 1_000_000,
+  inputBytes: 2048,
+  /** The pattern of a `stage:<stage>/<glob>` input. */
+  globBytes: 256,
+  /** Runs of `*` in such a pattern: the time of a match grows with a power of their number. */
+  globStars: 6,
+  prefixBytes: 1024,
+  edges: 100_000,
+  maxAttempts: 100,
+  /** The spec as JSON, defaults included. */
+  totalBytes: 64 * 1024 * 1024,
+  /** Nesting of `meta`. */
+  metaDepth: 64,
+  /** Problems reported at once. */
+  problems: 20,
+} as const;
+
+export interface JobSpecOptions {
+  /** For jobs without `domain_id`. */
+  readonly defaultDomainId: string;
+  /** Tasks per job. */
+  readonly maxTasks: number;
+  /** Epoch ms: deadlines must lie after it. */
+  readonly now: number;
+}
+
+/**
+ * @throws MillraceError `invalid_argument` with up to 20 problems, each naming the path, the rule and the value.
+ */
+export function parseJobSpec(value: unknown, options: JobSpecOptions): JobSpec {
+  const parsed = schema(options).safeParse(value, { reportInput: true });
+  if (!parsed.success) {
+    throw refusal(
+      parsed.error.issues.map((issue) => {
+        const at = issue.path
+          .map((key) => (typeof key === 'number' ? `[${key}]` : `.${String(key)}`))
+          .join('');
+        return problem(`job${at}`, issue.message, issue.input);
+      }),
+    );
+  }
+  const body = parsed.data;
+  const spec: JobSpec = {
+    label: body.label ?? 'job',
+    domain_id: body.domain_id ?? options.defaultDomainId,
+    priority: body.priority ?? 0,
+    meta: (body.meta ?? {}) as JsonObject,
+    deadline_at: body.deadline_at ?? null,
+    tasks: body.tasks.map((task, index): TaskSubmission => {
+      const label = task.label ?? `task-${index + 1}`;
+      return {
+        label,
+        stage: task.stage ?? label,
+        capability: task.capability,
+        capability_filters: task.capability_filters ?? {},
+        // Inherited, so that a job's priority means something without repeating it for every task.
+        priority: task.priority ?? body.priority ?? 0,
+        inputs_cids: task.inputs_cids ?? [],
+        outputs_prefix: task.outputs_prefix ?? null,
+        mode: task.mode ?? 'public',
+        meta: (task.meta ?? null) as Json,
+        max_attempts: task.max_attempts ?? 3,
+        deadline_at: task.deadline_at ?? null,
+      };
+    }),
+    edges: distinctEdges(body.edges ?? []),
+  };
+  const problems = graphProblems(spec);
+  if (problems.length > 0) throw refusal(problems);
+  const bytes = Buffer.byteLength(JSON.stringify(spec));
+  if (bytes > JOB_LIMITS.totalBytes) {
+    throw refusal([
+      `job must be at most ${JOB_LIMITS.totalBytes} bytes of JSON, got ${bytes}: store large values as data and name them in inputs_cids`,
+    ]);
+  }
+  return spec;
+}
+
+/** An input that names outputs of an earlier stage. */
+export interface StageReference {
+  readonly stage: string;
+  /** null: all outputs. */
+  readonly glob: string | null;
+}
+
+/**
+ * Reads `stage:<stage>` or `stage:<stage>/<glob>`. Stage names may contain slashes: the longest stage that fits is meant.
+ * Null: not such an input. A `stage` that no name fits is returned up to the first slash.
+ */
+export function parseStageReference(
+  input: string,
+  isStage: (name: string) => boolean,
+): StageReference | null {
+  if (!input.startsWith('stage:')) return null;
+  const rest = input.slice('stage:'.length);
+  if (isStage(rest)) return { stage: rest, glob: null };
+  for (let slash = rest.lastIndexOf('/'); slash > 0; slash = rest.lastIndexOf('/', slash - 1)) {
+    const stage = rest.slice(0, slash);
+    if (isStage(stage)) return { stage, glob: rest.slice(slash + 1) || null };
+  }
+  const slash = rest.indexOf('/');
+  return slash === -1
+    ? { stage: rest, glob: null }
+    : { stage: rest.slice(0, slash), glob: rest.slice(slash + 1) || null };
+}
+
+// eslint-disable-next-line no-control-regex -- control characters are exactly what is refused
+const CONTROL = /[\u0000-\u001f\u007f]/;
+const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/i;
+const RFC3339 = /^\d{4}-\d{2}-\d{2}[Tt]\d{2}:\d{2}:\d{2}(?:\.\d+)?(?:[Zz]|[+-]\d{2}:\d{2})$/;
+
+function schema({ maxTasks, now }: JobSpecOptions) {
+  const text = (maxBytes: number, minBytes = 1) => {
+    const rule = `must be a string of ${minBytes} to ${maxBytes} bytes without control characters`;
+    return z.string(rule).refine((value) => {
+      const bytes = Buffer.byteLength(value);
+      return bytes >= minBytes && bytes <= maxBytes && !CONTROL.test(value);
+    }, rule);
+  };
+  const integer = (rule: string, min: number, max: number) =>
+    z.number(rule).refine((value) => Number.isSafeInteger(value) && value >= min && value <= max, rule);
+  const priority = integer(
+    'must be an integer between -(2^53-1) and 2^53-1',
+    Number.MIN_SAFE_INTEGER,
+    Number.MAX_SAFE_INTEGER,
+  ).nullish();
+  const deadlineRule = 'must be an RFC 3339 time with Z or an offset';
+  const deadline = z
+    .string(deadlineRule)
+    .refine((value) => RFC3339.test(value) && Number.isFinite(Date.parse(value.toUpperCase())), {
+      error: deadlineRule,
+      abort: true,
+    })
+    .refine((value) => Date.parse(value.toUpperCase()) > now, 'must lie in the future')
+    .transform((value) => new Date(value.toUpperCase()).toISOString())
+    .nullish();
+  const name = text(JOB_LIMITS.nameBytes);
+  const metaRule = `must be JSON at most ${JOB_LIMITS.metaDepth} levels deep`;
+  const filtersRule = `must be an object of at most ${JOB_LIMITS.filters} strings`;
+  const inputsRule = `must be an array of at most ${JOB_LIMITS.inputsPerTask} data ids, URLs or stage:<stage>[/<glob>] references`;
+  const prefixRule = `must be a path of at most ${JOB_LIMITS.prefixBytes} bytes without ".." segments and control characters`;
+  const task = z.object(
+    {
+      label: name.nullish(),
+      stage: name.nullish(),
+      capability: z.unknown().transform((value, context) => {
+        try {
+          checkCapability(value);
+          return value;
+        } catch (error) {
+          const rule = MillraceError.from(error).message.replace(/^capability (?:".*" )?/s, '');
+          context.addIssue({ code: 'custom', message: rule.replace(/, got .*$/s, ''), input: value });
+          return z.NEVER;
+        }
+      }),
+      capability_filters: z
+        .record(name, text(JOB_LIMITS.nameBytes, 0), filtersRule)
+        .refine((filters) => Object.keys(filters).length <= JOB_LIMITS.filters, filtersRule)
+        .nullish(),
+      priority,
+      inputs_cids: z
+        .array(text(JOB_LIMITS.inputBytes), inputsRule)
+        .max(JOB_LIMITS.inputsPerTask, inputsRule)
+        .nullish(),
+      outputs_prefix: text(JOB_LIMITS.prefixBytes, 0)
+        .refine((value) => !value.split('/').includes('..'), prefixRule)
+        .nullish(),
+      mode: z.enum(['public', 'dedicated'], 'must be "public" or "dedicated"').nullish(),
+      meta: z
+        .unknown()
+        .refine((value) => value === undefined || isJson(value, JOB_LIMITS.metaDepth), metaRule)
+        .optional(),
+      max_attempts: integer(
+        `must be an integer from 1 to ${JOB_LIMITS.maxAttempts}`,
+        1,
+        JOB_LIMITS.maxAttempts,
+      ).nullish(),
+      deadline_at: deadline,
+    },
+    'must be a JSON object',
+  );
+  const tasksRule = `must be an array of 1 to ${maxTasks} tasks`;
+  const edgesRule = `must be an array of at most ${JOB_LIMITS.edges} {"from","to"} pairs of stage names`;
+  const domainRule = 'must be a UUID';
+  return z.object(
+    {
+      label: name.nullish(),
+      domain_id: z
+        .string(domainRule)
+        .regex(UUID, domainRule)
+        .transform((value) => value.toLowerCase())
+        .nullish(),
+      priority,
+      meta: z
+        .record(z.string(), z.unknown(), 'must be a JSON object')
+        .refine((value) => isJson(value, JOB_LIMITS.metaDepth), metaRule)
+        .nullish(),
+      deadline_at: deadline,
+      // The length is checked before the items, so that an endless list costs nothing.
+      tasks: z
+        .array(z.unknown(), tasksRule)
+        .refine((tasks) => tasks.length >= 1 && tasks.length <= maxTasks, { error: tasksRule, abort: true })
+        .pipe(z.array(task)),
+      edges: z
+        .array(z.unknown(), edgesRule)
+        .refine((edges) => edges.length <= JOB_LIMITS.edges, { error: edgesRule, abort: true })
+        .pipe(z.array(z.object({ from: name, to: name }, 'must be a {"from","to"} pair of stage names')))
+        .nullish(),
+    },
+    'must be a JSON object',
+  );
+}
+
+/** True for values JSON can carry, nested at most `depth` deep. */
+function isJson(value: unknown, depth: number): boolean {
+  if (value === null || typeof value === 'string' || typeof value === 'boolean') return true;
+  if (typeof value === 'number') return Number.isFinite(value);
+  if (typeof value !== 'object' || depth === 0) return false;
+  return Object.values(value).every((inner) => isJson(inner, depth - 1));
+}
+
+function distinctEdges(edges: readonly { readonly from: string; readonly to: string }[]): JobSpec['edges'] {
+  const seen = new Set<string>();
+  return edges.filter(({ from, to }) => {
+    const key = JSON.stringify([from, to]);
+    return !seen.has(key) && seen.add(key);
+  });
+}
+
+function graphProblems(spec: JobSpec): string[] {
+  const problems: string[] = [];
+  const index = new Map<string, number>();
+  for (const task of spec.tasks) if (!index.has(task.stage)) index.set(task.stage, index.size);
+  const names = [...index.keys()];
+  const next: number[][] = names.map(() => []);
+  spec.edges.forEach(({ from, to }, at) => {
+    const [source, target] = [index.get(from), index.get(to)];
+    for (const [member, name] of [
+      ['from', from],
+      ['to', to],
+    ] as const) {
+      if (!index.has(name))
+        problems.push(problem(`job.edges[${at}].${member}`, 'must be the stage of some task', name));
+    }
+    if (from === to) problems.push(problem(`job.edges[${at}]`, 'must not lead from a stage to itself', from));
+    else if (source !== undefined && target !== undefined) next[source]?.push(target);
+  });
+  if (problems.length > 0) return problems;
+
+  const order = topologicalOrder(next);
+  if (order.cycle) {
+    const path = order.cycle.map((stage) => names[stage]).join(' -> ');
+    return [`job.edges must not form a cycle, got ${clip(path)}`];
+  }
+  return referenceProblems(spec, index, next, order.stages);
+}
+
+/** `stage:` inputs must name a stage that precedes, over any number of edges. */
+function referenceProblems(
+  spec: JobSpec,
+  index: ReadonlyMap<string, number>,
+  next: readonly (readonly number[])[],
+  order: readonly number[],
+): string[] {
+  const problems: string[] = [];
+  const isStage = (name: string): boolean => index.has(name);
+  let ancestors: ((stage: number, ancestor: number) => boolean) | null = null;
+  let inputs = 0;
+  spec.tasks.forEach((task, at) => {
+    inputs += task.inputs_cids.length;
+    task.inputs_cids.forEach((input, position) => {
+      const reference = parseStageReference(input, isStage);
+      if (!reference) return;
+      const path = `job.tasks[${at}].inputs_cids[${position}]`;
+      const source = index.get(reference.stage);
+      if (source === undefined) {
+        problems.push(problem(path, 'must name a stage of this job', input));
+        return;
+      }
+      ancestors ??= ancestry(next, order);
+      if (!ancestors(index.get(task.stage) ?? -1, source)) {
+        problems.push(
+          problem(path, `must name a stage with edges leading to stage ${JSON.stringify(task.stage)}`, input),
+        );
+      }
+      const glob = reference.glob ?? '';
+      if (
+        Buffer.byteLength(glob) > JOB_LIMITS.globBytes ||
+        (glob.match(/\*+/g)?.length ?? 0) > JOB_LIMITS.globStars
+      ) {
+        const rule = `must have a pattern of at most ${JOB_LIMITS.globBytes} bytes and ${JOB_LIMITS.globStars} wildcards`;
+        problems.push(problem(path, rule, input));
+      }
+    });
+  });
+  if (inputs > JOB_LIMITS.inputsPerJob) {
+    problems.push(`job must have at most ${JOB_LIMITS.inputsPerJob} inputs in all, got ${inputs}`);
+  }
+  return problems;
+}
+
+/** The stages, each after all that precede it; or a cycle, its first stage repeated at the end. */
+function topologicalOrder(next: readonly (readonly number[])[]): {
+  stages: number[];
+  cycle: number[] | null;
+} {
+  const stages: number[] = [];
+  const mark = new Uint8Array(next.length); // 0 new, 1 on the path, 2 done
+  for (let start = 0; start < next.length; start += 1) {
+    if (mark[start] !== 0) continue;
+    // An explicit stack: a chain may be as long as the job has tasks.
+    const path: { stage: number; edge: number }[] = [{ stage: start, edge: 0 }];
+    mark[start] = 1;
+    for (let top = path.at(-1); top !== undefined; top = path.at(-1)) {
+      const target = next[top.stage]?.[top.edge];
+      if (target === undefined) {
+        mark[top.stage] = 2;
+        stages.push(top.stage);
+        path.pop();
+        continue;
+      }
+      top.edge += 1;
+      if (mark[target] === 1) {
+        const cycle = path.map(({ stage }) => stage);
+        return { stages, cycle: [...cycle.slice(cycle.indexOf(target)), target] };
+      }
+      if (mark[target] === 0) {
+        mark[target] = 1;
+        path.push({ stage: target, edge: 0 });
+      }
+    }
+  }
+  return { stages: stages.toReversed(), cycle: null };
+}
+
+/** Who precedes whom, as one bit set per stage: 12 MiB for a job of 10,000 stages. */
+function ancestry(
+  next: readonly (readonly number[])[],
+  order: readonly number[],
+): (stage: number, ancestor: number) => boolean {
+  const words = Math.ceil(next.length / 32);
+  const bits = new Uint32Array(words * next.length);
+  for (const stage of order) {
+    for (const target of next[stage] ?? []) {
+      for (let word = 0; word < words; word += 1) {
+        const at = target * words + word;
+        bits[at] = (bits[at] ?? 0) | (bits[stage * words + word] ?? 0);
+      }
+      const own = target * words + (stage >>> 5);
+      bits[own] = (bits[own] ?? 0) | (1 << (stage & 31));
+    }
+  }
+  return (stage, ancestor) => (((bits[stage * words + (ancestor >>> 5)] ?? 0) >>> (ancestor & 31)) & 1) === 1;
+}
+
+function problem(path: string, rule: string, value: unknown): string {
+  return `${path} ${rule}, got ${value === undefined ? 'nothing' : clip(JSON.stringify(value) ?? typeof value)}`;
+}
+
+function clip(text: string): string {
+  return text.length > 120 ? `${text.slice(0, 117)}...` : text;
+}
+
+function refusal(problems: readonly string[]): MillraceError {
+  const shown = problems.slice(0, JOB_LIMITS.problems);
+  const more = problems.length - shown.length;
+  if (more > 0) shown.push(`and ${more} more problem${more === 1 ? '' : 's'}`);
+  return new MillraceError('invalid_argument', shown.join('; '), { details: { problems: shown } });
+}

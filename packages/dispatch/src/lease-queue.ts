@@ -1,0 +1,234 @@
+/**
+ * Long polls for work: who waits, in which order, and who is woken.
+ *
+ * A request first asks the store; only when there is nothing does it wait here. Waiters whose requests can be
+ * answered by the same tasks form a line, first come first served. When something became runnable, the first of each
+ * line asks (all lines in one batch, so one commit); a line whose asker got something has its next ones ask, twice
+ * as many each time, and a line whose asker got nothing is left alone until the next change. So a thousand waiting
+ * nodes and one new task cost one or two questions, not a thousand.
+ *
+ * Which tasks a node may take is in its record, which a new registration changes; a line's key is therefore made
+ * when the wait begins and is only a hint. Should two nodes of a line differ by now, the periodic look (`RECHECK_MS`)
+ * still finds the task.
+ */
+import { MillraceError, type Clock, type Timer } from '@millrace/runner';
+import type { LeaseAnswer, LeaseRequest, Outcome, Store } from './store.ts';
+import type { Signals } from './signals.ts';
+
+/** How often every waiter asks although nothing was signalled. */
+const RECHECK_MS = 5_000;
+
+/** Most questions in one batch, so that one wake never makes one long transaction. */
+const MAX_BATCH = 128;
+
+export interface LeaseQueueOptions {
+  readonly store: Store;
+  readonly signals: Signals;
+  readonly clock: Clock;
+}
+
+interface Waiter {
+  readonly request: LeaseRequest;
+  readonly settle: (result: Outcome<LeaseAnswer>) => void;
+  /** False once the client went away or its time is up. A lease it is given after that is handed back. */
+  waiting: boolean;
+}
+
+interface Line {
+  readonly waiters: Set<Waiter>;
+  /** Questions to ask in the next round; 0: none until the next change. */
+  ask: number;
+}
+
+const NOTHING: LeaseAnswer = { leases: [], busy: false };
+
+export class LeaseQueue implements AsyncDisposable {
+  readonly #store: Store;
+  readonly #clock: Clock;
+  readonly #lines = new Map<string, Line>();
+  readonly #subscription: Disposable;
+  /** Counts signals, so that one between a question and the wait that follows it is not lost. */
+  #generation = 0;
+  #pump: Promise<void> | null = null;
+  #recheck: Timer | null = null;
+  #closed = false;
+
+  constructor(options: LeaseQueueOptions) {
+    this.#store = options.store;
+    this.#clock = options.clock;
+    this.#subscription = options.signals.onRunnable(() => this.#wake());
+  }
+
+  /** Requests waiting now. */
+  get waiting(): number {
+    let count = 0;
+    for (const line of this.#lines.values()) count += line.waiters.size;
+    return count;
+  }
+
+  /**
+   * Leases for one request, waiting up to `waitMs` for the first. Nothing within that time, or an abort of `signal`,
+   * is an answer without leases. Leases granted to a request whose signal aborted meanwhile are released.
+   *
+   * @throws MillraceError as the store answered
+   */
+  async lease(request: LeaseRequest, waitMs: number, signal: AbortSignal): Promise<LeaseAnswer> {
+    const generation = this.#generation;
+    const [outcome] = await this.#store.lease([request]);
+    const answer = valueOf(outcome);
+    if (answer.leases.length > 0 || answer.busy || waitMs <= 0 || signal.aborted || this.#closed)
+      return answer;
+    // Asked for only now: a request that is answered at once does not need it.
+    const key = await this.#lineKey(request);
+    if (signal.aborted || this.#closed) return NOTHING;
+    return await this.#wait(key, request, waitMs, signal, generation);
+  }
+
+  /** Gives leases back that nobody will work on. They do not count as attempts. */
+  async release(request: LeaseRequest, answer: LeaseAnswer): Promise<void> {
+    await this.#store.release(
+      answer.leases.map((lease) => ({
+        taskId: lease.task.id,
+        nodeId: request.nodeId,
+        leaseId: lease.leaseId,
+        reason: 'shutdown' as const,
+      })),
+    );
+  }
+
+  /** Ends every wait with an empty answer. Waits for the question under way. */
+  async close(): Promise<void> {
+    this.#closed = true;
+    this.#subscription[Symbol.dispose]();
+    this.#recheck?.cancel();
+    for (const line of this.#lines.values()) {
+      for (const waiter of line.waiters) waiter.settle({ ok: true, value: NOTHING });
+    }
+    await this.#pump;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.close();
+  }
+
+  #wait(
+    key: string,
+    request: LeaseRequest,
+    waitMs: number,
+    signal: AbortSignal,
+    generation: number,
+  ): Promise<LeaseAnswer> {
+    const line = this.#lines.get(key) ?? { waiters: new Set(), ask: 0 };
+    this.#lines.set(key, line);
+    return new Promise((resolve, reject) => {
+      const leave = (result: Outcome<LeaseAnswer>): void => {
+        if (!waiter.waiting) return;
+        waiter.waiting = false;
+        timer.cancel();
+        signal.removeEventListener('abort', onAbort);
+        line.waiters.delete(waiter);
+        if (line.waiters.size === 0 && this.#lines.get(key) === line) this.#lines.delete(key);
+        if (result.ok) resolve(result.value);
+        else reject(result.error);
+      };
+      const onAbort = (): void => leave({ ok: true, value: NOTHING });
+      const waiter: Waiter = { request, waiting: true, settle: leave };
+      const timer = this.#clock.setTimer(onAbort, waitMs, { unref: true });
+      signal.addEventListener('abort', onAbort, { once: true });
+      line.waiters.add(waiter);
+      if (generation !== this.#generation) {
+        line.ask = Math.max(line.ask, 1);
+        this.#start();
+      }
+      this.#armRecheck();
+    });
+  }
+
+  async #lineKey(request: LeaseRequest): Promise<string> {
+    const node = await this.#store.getNode(request.nodeId);
+    if (node === null) throw new MillraceError('not_found', `node ${request.nodeId} is unknown`);
+    return JSON.stringify([
+      node.organization_id,
+      node.mode,
+      node.capabilities,
+      Object.entries(node.labels).toSorted(([a], [b]) => (a < b ? -1 : 1)),
+      request.capabilities,
+    ]);
+  }
+
+  #wake(): void {
+    this.#generation += 1;
+    for (const line of this.#lines.values()) line.ask = Math.max(line.ask, 1);
+    this.#start();
+  }
+
+  #armRecheck(): void {
+    this.#recheck ??= this.#clock.setTimer(
+      () => {
+        this.#recheck = null;
+        if (this.#closed || this.#lines.size === 0) return;
+        for (const line of this.#lines.values()) line.ask = line.waiters.size;
+        this.#start();
+        this.#armRecheck();
+      },
+      RECHECK_MS,
+      { unref: true },
+    );
+  }
+
+  #start(): void {
+    if (this.#closed) return;
+    this.#pump ??= this.#ask().finally(() => {
+      this.#pump = null;
+      // A wake that came after the last round saw a pump still there.
+      if ([...this.#lines.values()].some((line) => line.ask > 0)) this.#start();
+    });
+  }
+
+  async #ask(): Promise<void> {
+    for (;;) {
+      const batch: { readonly line: Line; readonly waiter: Waiter }[] = [];
+      const asked = new Map<Line, number>();
+      for (const line of this.#lines.values()) {
+        let count = 0;
+        for (const waiter of line.waiters) {
+          if (count >= line.ask || batch.length >= MAX_BATCH) break;
+          batch.push({ line, waiter });
+          count += 1;
+        }
+        if (count > 0) asked.set(line, count);
+      }
+      if (batch.length === 0 || this.#closed) return;
+      // Whatever is signalled from here on sets `ask` anew.
+      for (const line of asked.keys()) line.ask = 0;
+      let outcomes: readonly Outcome<LeaseAnswer>[];
+      try {
+        outcomes = await this.#store.lease(batch.map(({ waiter }) => waiter.request));
+      } catch (error) {
+        const failed: Outcome<LeaseAnswer> = { ok: false, error: MillraceError.from(error) };
+        for (const { waiter } of batch) waiter.settle(failed);
+        continue;
+      }
+      for (const [index, { line, waiter }] of batch.entries()) {
+        const outcome = outcomes[index]!;
+        if (outcome.ok && outcome.value.leases.length === 0 && !outcome.value.busy) {
+          // What those before it in this line got was the last.
+          asked.delete(line);
+          continue;
+        }
+        // A busy or failed asker says nothing about the tasks: the next in line shall ask too.
+        if (waiter.waiting) waiter.settle(outcome);
+        // Should this fail, the lease expires by itself.
+        else if (outcome.ok) await this.release(waiter.request, outcome.value).catch(() => {});
+      }
+      for (const [line, count] of asked) line.ask = Math.max(line.ask, 2 * count);
+    }
+  }
+}
+
+function valueOf(outcome: Outcome<LeaseAnswer> | undefined): LeaseAnswer {
+  if (outcome === undefined)
+    throw new MillraceError('internal', 'the store answered a lease request with nothing');
+  if (!outcome.ok) throw outcome.error;
+  return outcome.value;
+}

@@ -1,0 +1,197 @@
+/**
+ * What the dispatcher keeps, in the wire's own names (posemesh DMS job API). The store returns these, the server
+ * sends them, the client parses them; there is no second set of names to convert to. Times are RFC 3339 in UTC
+ * with milliseconds. Members marked "ours" are additions a reference peer ignores.
+ */
+import type { Json, JsonObject } from '@millrace/runner';
+
+export const TASK_STATUSES = ['queued', 'leased', 'running', 'completed', 'failed', 'canceled'] as const;
+export type TaskStatus = (typeof TASK_STATUSES)[number];
+
+export const JOB_STATUSES = ['pending', 'running', 'completed', 'failed', 'canceled'] as const;
+export type JobStatus = (typeof JOB_STATUSES)[number];
+
+export type NodeMode = 'public' | 'dedicated';
+
+/** A job as submitted, parsed and with defaults filled in. */
+export interface JobSpec {
+  readonly label: string;
+  readonly domain_id: string;
+  readonly priority: number;
+  readonly meta: JsonObject;
+  readonly tasks: readonly TaskSubmission[];
+  /** Between stage names. Acyclic; every name is a stage of some task. */
+  readonly edges: readonly { readonly from: string; readonly to: string }[];
+  /** Ours: RFC 3339; tasks not finished by then fail with reason `deadline`. */
+  readonly deadline_at: string | null;
+}
+
+export interface TaskSubmission {
+  readonly label: string;
+  /** Tasks of one name form a stage. Absent in the spec: the task's label. */
+  readonly stage: string;
+  readonly capability: string;
+  /** Label name to required value. */
+  readonly capability_filters: Readonly<Record<string, string>>;
+  readonly priority: number;
+  /** Data ids, URLs, or `stage:<stage>[/<glob>]`, which becomes the data ids of that earlier stage's outputs. */
+  readonly inputs_cids: readonly string[];
+  readonly outputs_prefix: string | null;
+  readonly mode: NodeMode;
+  readonly meta: Json;
+  readonly max_attempts: number;
+  /** Ours: RFC 3339, or null. */
+  readonly deadline_at: string | null;
+}
+
+export interface JobRecord {
+  readonly id: string;
+  readonly label: string;
+  readonly domain_id: string;
+  readonly status: JobStatus;
+  readonly priority: number;
+  readonly created_at: string;
+  readonly updated_at: string;
+  readonly organization_id: string | null;
+  readonly meta: JsonObject;
+  readonly credit_lock_id: null;
+  readonly credit_lock_amount: null;
+  readonly credit_locked_at: null;
+  readonly credit_released_at: null;
+  /** Ours. Set while the tasks of a cancelled job are being ended; the status follows when they are gone. */
+  readonly cancel_requested_at: string | null;
+  /** Ours. */
+  readonly deadline_at: string | null;
+  /** Ours. */
+  readonly edges: readonly { readonly from: string; readonly to: string }[];
+}
+
+export type TasksSummary = Readonly<Record<TaskStatus, number>>;
+
+export interface TaskRecord {
+  readonly id: string;
+  readonly job_id: string;
+  readonly label: string;
+  readonly stage: string;
+  readonly capability: string;
+  readonly capability_filters: Readonly<Record<string, string>>;
+  readonly status: TaskStatus;
+  /** Preceding stages not yet completed. */
+  readonly deps_remaining: number;
+  readonly priority: number;
+  /** With `stage:` references resolved once the task is runnable. */
+  readonly inputs_cids: readonly string[];
+  readonly outputs_prefix: string | null;
+  readonly organization_id: string | null;
+  /** Attempts that count. */
+  readonly attempts: number;
+  readonly max_attempts: number;
+  readonly lease_expires_at: string | null;
+  /** Node id of the current lease. */
+  readonly reserved_by: string | null;
+  /** The submitted meta; `progress` (newest) and `events` (the last few) are added when it is an object. */
+  readonly meta: Json;
+  readonly cancel_requested_at: string | null;
+  readonly last_heartbeat_at: string | null;
+  readonly created_at: string;
+  readonly updated_at: string;
+  readonly mode: NodeMode;
+  readonly billing_units: null;
+  readonly estimated_credit_cost: null;
+  readonly debited_amount: null;
+  readonly debited_at: null;
+  /** Ours: why the task failed or was cancelled, or why its last attempt ended. */
+  readonly reason: string | null;
+  /** Ours: not runnable before this, while a retry backs off. */
+  readonly not_before: string | null;
+  /** Ours: data ids reported by the accepted completion. */
+  readonly output_cids: readonly string[];
+  /** Ours: node faults (setup, drain, crash) that did not consume an attempt. */
+  readonly node_faults: number;
+  /** Ours. */
+  readonly deadline_at: string | null;
+}
+
+/** One accepted ending of one attempt. */
+export interface ReceiptRecord {
+  /** The lease id. */
+  readonly id: string;
+  readonly job_id: string;
+  readonly task_id: string;
+  readonly node_id: string;
+  readonly outputs: readonly string[];
+  /** The `meta` of complete or the `details` of fail. */
+  readonly meta: Json;
+  readonly created_at: string;
+  /** Ours: how the attempt ended. */
+  readonly outcome: AttemptOutcome;
+  /** Ours. */
+  readonly reason: string | null;
+  /** Ours: when the lease was given. */
+  readonly leased_at: string;
+}
+
+export type AttemptOutcome = 'completed' | 'failed' | 'released' | 'expired' | 'canceled';
+
+export interface JobDetail {
+  readonly job: JobRecord;
+  readonly tasks_summary: TasksSummary;
+  readonly tasks: readonly TaskRecord[];
+  readonly receipts: readonly ReceiptRecord[];
+}
+
+/**
+ * One line of a job's durable event stream. `seq` counts from 1 per job without gaps.
+ *
+ * kinds: `job.submitted`, `job.running`, `job.cancel_requested`, `job.completed|failed|canceled`; `task.runnable`,
+ * `task.leased` {node_id, attempt, lease_id}, `task.running`, `task.progress` {progress}, `task.log` {event},
+ * `task.retry` {reason, not_before, attempt}, `task.released` {reason}, `task.expired` {node_id},
+ * `task.completed` {outputs}, `task.failed` {reason}, `task.canceled` {reason}.
+ */
+export interface JobEvent {
+  readonly seq: number;
+  readonly at: string;
+  readonly kind: string;
+  readonly task_id: string | null;
+  readonly data: JsonObject;
+}
+
+export interface NodeRecord {
+  readonly id: string;
+  readonly name: string;
+  readonly mode: NodeMode;
+  readonly organization_id: string;
+  /** Lower case `0x…`; null until the node has registered. */
+  readonly wallet: string | null;
+  readonly capabilities: readonly string[];
+  readonly labels: Readonly<Record<string, string>>;
+  readonly version: string | null;
+  readonly max_concurrency: number;
+  readonly created_at: string;
+  readonly registered_at: string | null;
+  readonly last_seen_at: string | null;
+  /** Leases it holds now. */
+  readonly active_leases: number;
+}
+
+export interface BusyNode {
+  readonly node_id: string;
+  readonly task_id: string;
+  readonly task_status: TaskStatus;
+  readonly task_mode: NodeMode;
+  readonly job_id: string;
+  readonly job_status: JobStatus;
+}
+
+/** A named item of a domain. Names are unique per domain; the bytes are stored once per digest. */
+export interface DataRecord {
+  readonly id: string;
+  readonly domain_id: string;
+  readonly name: string;
+  readonly data_type: string;
+  readonly size: number;
+  readonly created_at: string;
+  readonly updated_at: string;
+  /** Ours: `sha256:<hex>` of the bytes. */
+  readonly digest: string;
+}

@@ -1,0 +1,77 @@
+/**
+ * What every route module is given, and the few things they all do to a request. Routes are registered as
+ * `register…Routes(app, context)`, each in its own fastify scope, so content type parsers added in one do not reach
+ * another. They throw MillraceErrors; the server's error handler answers them (`errors-http.ts`).
+ */
+import { MillraceError, type Clock, type Logger, type Random } from '@millrace/runner';
+import { uuid } from '@millrace/runner/decode';
+import type { FastifyReply, FastifyRequest } from 'fastify';
+import type { Auth } from '../auth.ts';
+import type { BlobStore } from '../blobs.ts';
+import type { DispatcherLimits } from '../dispatcher.ts';
+import type { Metrics } from '../metrics.ts';
+import type { Signals } from '../signals.ts';
+import type { Store } from '../store.ts';
+import type { Tokens } from '../tokens.ts';
+
+export interface ServerContext {
+  readonly store: Store;
+  readonly blobs: BlobStore;
+  readonly limits: DispatcherLimits;
+  readonly clock: Clock;
+  readonly random: Random;
+  readonly log: Logger;
+  readonly auth: Auth;
+  readonly tokens: Tokens;
+  readonly metrics: Metrics;
+  /** What the store's changes wake: long polls, watches, event streams. */
+  readonly signals: Signals;
+  /** The domain of jobs that name none. */
+  readonly defaultDomainId: string;
+  /** The organization of every node and job of this dispatcher. */
+  readonly organizationId: string;
+  /** The origin others reach this server by, without a trailing slash: the leases' `domain_server_url`. */
+  publicUrl(): string;
+  /** Aborts when the server starts to close: whatever waits for a change answers now. */
+  readonly closing: AbortSignal;
+}
+
+/**
+ * A UUID from a path, a query or a header, hyphenated in lower case.
+ *
+ * @throws MillraceError `invalid_argument`
+ */
+export const requireUuid: (value: unknown, what: string) => string = uuid;
+
+/** The value of a header that may come once; null when absent. */
+export function headerOf(request: FastifyRequest, name: string): string | null {
+  const value = request.headers[name];
+  return Array.isArray(value) ? (value[0] ?? null) : (value ?? null);
+}
+
+/** The reason of {@link ServerContext.closing}. */
+export const SERVER_CLOSING = 'server closing';
+
+/**
+ * A signal that aborts when the client of this request is gone before it was answered, or when the server closes
+ * (then with the reason {@link SERVER_CLOSING}). For everything that waits on behalf of a request.
+ */
+export function requestSignal(reply: FastifyReply, closing: AbortSignal): AbortSignal {
+  // By hand and not AbortSignal.any: on Node 20 that keeps a trace of every short-lived signal in the long-lived one.
+  const controller = new AbortController();
+  const onClosing = (): void => controller.abort(SERVER_CLOSING);
+  const onClose = (): void => {
+    closing.removeEventListener('abort', onClosing);
+    if (!reply.raw.writableFinished) {
+      controller.abort(new MillraceError('canceled', 'the client closed the connection'));
+    }
+  };
+  if (closing.aborted) onClosing();
+  // A response that was destroyed before we came to listen emits nothing any more.
+  else if (reply.raw.destroyed) onClose();
+  else {
+    closing.addEventListener('abort', onClosing, { once: true });
+    reply.raw.once('close', onClose);
+  }
+  return controller.signal;
+}

@@ -1,0 +1,694 @@
+/**
+ * Domain storage over HTTP (posemesh protocol, section 4): items are named records over blobs. Downloads as multipart,
+ * JSON or raw bytes; uploads in one request or in parts. Errors are plain text, as the service has them.
+ *
+ * Invariants:
+ * - Bodies are streams both ways; memory does not grow with an item's size.
+ * - Nothing is named before its bytes are durable, and nothing of a refused request is named. Bytes that were stored
+ *   but not named are the collector's (`blobs/collect.ts`), which leaves alone what was put in the last hour; an
+ *   upload in one request is therefore cut off well before that.
+ * - A token of a lease writes only while the lease is its task's newest (the store judges that), does not delete, and
+ *   when its task has an outputs prefix replaces only what its own job created. Reads are free within the domain.
+ */
+import { randomBytes, randomUUID } from 'node:crypto';
+import type { Readable } from 'node:stream';
+import { MillraceError, type ByteStream } from '@millrace/runner';
+import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
+import { z } from 'zod';
+import type { Access, DomainAccess } from '../auth.ts';
+import { UPLOAD_TTL_MS } from '../blobs/collect.ts';
+import { checkDataName } from '../data-names.ts';
+import { textErrorHandler } from '../errors-http.ts';
+import { LruMap } from '../lru.ts';
+import {
+  downloadPartHead,
+  downloadTail,
+  readUpload,
+  uploadBoundary,
+  type MultipartPart,
+} from '../multipart.ts';
+import { readableFrom, untilAborted } from '../pull-stream.ts';
+import type { DataRecord } from '../records.ts';
+import type { DataWrite, UploadRecord } from '../store.ts';
+import { headerOf, requireUuid, type ServerContext } from './context.ts';
+
+/** An upload in one request takes at most this long; half of the collector's grace. */
+const REQUEST_MAX_MS = 30 * 60 * 1000;
+
+/** How long a client that was answered early may go on sending before its connection is cut. */
+const LINGER_MS = 5_000;
+
+/** Ids in one download. */
+const MAX_IDS = 1000;
+
+/** Items in one list. */
+const MAX_LIST = 100_000;
+
+/** Uploads completed lately, so that a client that lost the answer can ask again. */
+const COMPLETED_UPLOADS = 10_000;
+
+/** A read that finds the bytes gone looks once more for what the record names now. */
+const READ_TRIES = 2;
+
+const startUploadBody = z.object({
+  name: z.string(),
+  data_type: z.string(),
+  size: z.number().int().nonnegative().nullish(),
+  content_type: z.string().nullish(),
+  existing_id: z.string().nullish(),
+});
+
+const finishUploadBody = z.object({
+  parts: z.array(z.object({ part_number: z.number().int().positive(), etag: z.string() })),
+});
+
+/** Mounts `/api/v1/info` and `/api/v1/domains/{D}/data…` in a scope of their own. */
+export function registerDomainRoutes(app: FastifyInstance, ctx: ServerContext): void {
+  // `register` only fails when the plugin does, and then fails `ready()`; nothing is to be awaited here.
+  void app.register((scope, _options, done) => {
+    const routes = new DomainRoutes(ctx);
+    scope.removeAllContentTypeParsers();
+    // Bodies are read by the handlers, as streams with bounds of their own.
+    scope.addContentTypeParser('*', (_request, payload, parsed) => parsed(null, payload));
+    const textError = textErrorHandler(ctx.log);
+    scope.setErrorHandler((error, request, reply) => {
+      lingerOn(request, reply, ctx);
+      // Set for the item that was to be sent instead.
+      void reply.removeHeader('etag').removeHeader('accept-ranges').removeHeader('content-range');
+      if (MillraceError.is(error) && error.code === 'resource_exhausted' && 'errno' in error.details) {
+        ctx.log.error('no space for blobs', { request_id: request.id, error: error.message });
+        void reply.code(507).type('text/plain; charset=utf-8').send(error.message);
+        return;
+      }
+      textError(error, request, reply);
+    });
+    const data = '/api/v1/domains/:domainId/data';
+    scope.get('/api/v1/info', () => routes.info());
+    scope.get(data, { exposeHeadRoute: false }, (request, reply) => routes.list(request, reply));
+    // What the reference node asks for when it combines ids with a filter: `…/data&ids=a,b?name=n`.
+    scope.get('/api/v1/domains/:domainId/data&ids=*', { exposeHeadRoute: false }, (request, reply) =>
+      routes.list(request, reply),
+    );
+    scope.post(data, (request, reply) => routes.upload(request, reply));
+    scope.put(data, (request, reply) => routes.upload(request, reply));
+    scope.post(`${data}/multipart`, (request, reply) => routes.startOrFinish(request, reply));
+    scope.put(`${data}/multipart`, (request, reply) => routes.part(request, reply));
+    scope.delete(`${data}/multipart`, (request, reply) => routes.abort(request, reply));
+    scope.get(`${data}/:dataId`, { exposeHeadRoute: false }, (request, reply) => routes.item(request, reply));
+    scope.delete(`${data}/:dataId`, (request, reply) => routes.remove(request, reply));
+    done();
+  });
+}
+
+class DomainRoutes {
+  readonly #ctx: ServerContext;
+  /** Upload id to data id. */
+  readonly #completed = new LruMap<string, { readonly domainId: string; readonly dataId: string }>(
+    COMPLETED_UPLOADS,
+  );
+
+  constructor(ctx: ServerContext) {
+    this.#ctx = ctx;
+  }
+
+  info(): unknown {
+    const { limits } = this.#ctx;
+    return {
+      upload: {
+        request_max_bytes: limits.uploadRequestBytes,
+        domain_data_max_bytes: limits.dataBytes,
+        multipart: { enabled: true, part_size_bytes: limits.partBytes },
+      },
+    };
+  }
+
+  /** `GET …/data`: the items as JSON, or with their bytes as multipart. */
+  async list(request: FastifyRequest, reply: FastifyReply): Promise<FastifyReply> {
+    const { domainId } = await this.#authorize(request, 'read');
+    const query = request.query as RawQuery;
+    const inPath = (request.params as { '*'?: string })['*'];
+    const ids = [...values(inPath), ...values(query['ids'])]
+      .flatMap((text) => text.split(','))
+      .map((text) => text.trim())
+      .filter((text) => text !== '')
+      .map((text) => requireUuid(text, 'ids'));
+    if (ids.length > MAX_IDS) {
+      throw new MillraceError('resource_exhausted', `at most ${MAX_IDS} ids at once, got ${ids.length}`);
+    }
+    const records = await this.#ctx.store.findData({
+      domainId,
+      ids,
+      name: values(query['name'])[0] ?? null,
+      dataType: values(query['data_type'])[0] ?? null,
+      limit: MAX_LIST,
+    });
+    if (!(headerOf(request, 'accept') ?? '').includes('multipart/form-data')) {
+      return reply.send({ data: records });
+    }
+    const found = new Set(records.map((record) => record.id));
+    const missing = ids.find((id) => !found.has(id));
+    // With a filter beside the ids, an id it leaves out is not missing.
+    if (
+      records.length === 0 ||
+      (missing !== undefined && query['name'] === undefined && query['data_type'] === undefined)
+    ) {
+      throw new MillraceError('not_found', `no data item ${missing ?? 'of that kind'} in domain ${domainId}`);
+    }
+    return this.#sendMultipart(reply, records);
+  }
+
+  /** `POST` and `PUT …/data`: items whole, in one multipart body. */
+  async upload(request: FastifyRequest, reply: FastifyReply): Promise<FastifyReply> {
+    const { domainId, access } = await this.#authorize(request, 'write');
+    const { limits, blobs, store } = this.#ctx;
+    const boundary = uploadBoundary(headerOf(request, 'content-type'));
+    const announced = contentLength(request);
+    if (announced !== null && announced > limits.uploadRequestBytes) {
+      throw tooLarge('the request body', limits.uploadRequestBytes, 'uploadRequestBytes');
+    }
+    const bounds = { limit: limits.uploadRequestBytes, name: 'uploadRequestBytes', deadline: true };
+    const writes: DataWrite[] = [];
+    await this.#withBody(request, reply, bounds, async (body, signal) => {
+      for await (const part of readUpload(body, boundary)) {
+        const target = uploadTarget(part, request.method === 'PUT');
+        // The item's own bound first: more than it must not be stored just because the request may be larger.
+        const blob = await blobs.put(chunksOf(part), { maxBytes: limits.dataBytes, signal });
+        writes.push({
+          ...target,
+          domainId,
+          digest: blob.digest,
+          size: blob.size,
+          lease: access.lease,
+          ownOnly: confined(access),
+          replaceByName: false,
+        });
+      }
+    });
+    // Only now: a body that turns out to be bad in its last part changes nothing.
+    const records: DataRecord[] = [];
+    for (const write of writes) records.push(await store.putData(write));
+    return reply.send({ data: records });
+  }
+
+  /** `POST …/data/multipart`: with `uploads` begins, with `uploadId` completes a chunked upload. */
+  async startOrFinish(request: FastifyRequest, reply: FastifyReply): Promise<FastifyReply> {
+    const query = request.query as RawQuery;
+    if (query['uploads'] !== undefined) return this.#start(request, reply);
+    if (query['uploadId'] !== undefined) return this.#finish(request, reply);
+    throw new MillraceError('invalid_argument', 'POST …/multipart needs ?uploads or ?uploadId=<id>');
+  }
+
+  async #start(request: FastifyRequest, reply: FastifyReply): Promise<FastifyReply> {
+    const { domainId, access } = await this.#authorize(request, 'write');
+    const { limits, store, clock } = this.#ctx;
+    const body = await this.#json(request, reply, startUploadBody);
+    checkDataName(body.name, 'name');
+    checkDataName(body.data_type, 'data_type');
+    const size = body.size ?? null;
+    if (size !== null && size > limits.dataBytes) throw tooLarge('size', limits.dataBytes, 'dataBytes');
+    const existingId = body.existing_id == null ? null : requireUuid(body.existing_id, 'existing_id');
+    if (existingId !== null && (await store.getData(domainId, existingId)) === null) {
+      throw new MillraceError('not_found', `no data item ${existingId} in domain ${domainId}`);
+    }
+    const upload = {
+      id: randomUUID(),
+      domainId,
+      name: body.name,
+      dataType: body.data_type,
+      size,
+      existingId,
+      dataId: existingId ?? randomUUID(),
+      partSize: limits.partBytes,
+      expiresAtMs: clock.now() + UPLOAD_TTL_MS,
+      lease: access.lease,
+    };
+    await store.createUpload(upload);
+    return reply.send({
+      upload_id: upload.id,
+      part_size: upload.partSize,
+      data_id: upload.dataId,
+      expires_at: new Date(upload.expiresAtMs).toISOString(),
+    });
+  }
+
+  /** `PUT …/data/multipart`: one part. Sending a part again replaces it. */
+  async part(request: FastifyRequest, reply: FastifyReply): Promise<FastifyReply> {
+    const upload = (await this.#upload(request)).upload;
+    const { limits, blobs, store } = this.#ctx;
+    const text = values((request.query as RawQuery)['partNumber'])[0];
+    const partNumber = Number(text);
+    const most = Math.ceil(Math.max(1, upload.size ?? limits.dataBytes) / upload.partSize);
+    if (text === undefined || !/^\d+$/.test(text) || partNumber < 1 || partNumber > most) {
+      throw new MillraceError(
+        'invalid_argument',
+        `partNumber must be an integer from 1 to ${most}, got ${JSON.stringify(text?.slice(0, 40) ?? null)}`,
+      );
+    }
+    const left = (upload.size ?? limits.dataBytes) - (partNumber - 1) * upload.partSize;
+    const maxBytes = Math.min(upload.partSize, left);
+    const expect = upload.size === null ? {} : { expect: { size: maxBytes } };
+    const announced = contentLength(request);
+    if (announced !== null && announced > maxBytes)
+      throw tooLarge(`part ${partNumber}`, maxBytes, 'part size');
+    const bounds = { limit: maxBytes, name: 'part size', deadline: false };
+    const part = await this.#withBody(request, reply, bounds, async (body, signal) => {
+      try {
+        return await blobs.putPart(upload.id, partNumber, body, { maxBytes, signal, ...expect });
+      } catch (error) {
+        // A short part is the client's mistake, not lost data.
+        if (MillraceError.is(error) && error.code === 'data_loss') {
+          throw new MillraceError('invalid_argument', error.message, { cause: error });
+        }
+        throw error;
+      }
+    });
+    try {
+      await store.putPart(upload.id, { partNumber, etag: part.digest, size: part.size });
+    } catch (error) {
+      // Aborted or completed while this part was on its way: what it staged is nobody's.
+      if (MillraceError.is(error) && error.code === 'not_found') await blobs.dropParts(upload.id);
+      throw error;
+    }
+    return reply.send({ etag: part.digest });
+  }
+
+  async #finish(request: FastifyRequest, reply: FastifyReply): Promise<FastifyReply> {
+    const { upload, access, completed } = await this.#uploadOrCompleted(request);
+    if (completed !== null) return reply.send(completed);
+    const { blobs, store } = this.#ctx;
+    const { parts } = await this.#json(request, reply, finishUploadBody);
+    const stored = checkParts(upload, parts);
+    const blob = await blobs.joinParts(
+      upload.id,
+      stored.map((part) => ({ partNumber: part.partNumber, digest: part.etag })),
+    );
+    const record = await store.putData({
+      domainId: upload.domainId,
+      id: upload.existingId,
+      name: upload.name,
+      dataType: upload.dataType,
+      digest: blob.digest,
+      size: blob.size,
+      lease: upload.lease,
+      ownOnly: confined(access),
+      replaceByName: true,
+      createId: upload.dataId,
+    });
+    this.#completed.set(upload.id, { domainId: upload.domainId, dataId: record.id });
+    // From here on a failure only leaves parts behind until the upload expires.
+    await store.deleteUpload(upload.id);
+    await blobs.dropParts(upload.id);
+    return reply.send(record);
+  }
+
+  /** `DELETE …/data/multipart`: forgets an upload and its parts. */
+  async abort(request: FastifyRequest, reply: FastifyReply): Promise<FastifyReply> {
+    const { upload } = await this.#upload(request);
+    await this.#ctx.blobs.dropParts(upload.id);
+    await this.#ctx.store.deleteUpload(upload.id);
+    return reply.code(204).send();
+  }
+
+  /** `GET …/data/{id}`: metadata, or with `?raw=true` the bytes. */
+  async item(request: FastifyRequest, reply: FastifyReply): Promise<FastifyReply> {
+    const { domainId } = await this.#authorize(request, 'read');
+    const id = requireUuid((request.params as { dataId: string }).dataId, 'data id');
+    const record = await this.#record(domainId, id);
+    if (values((request.query as RawQuery)['raw'])[0] !== 'true') return reply.send(record);
+    return this.#sendRaw(request, reply, record);
+  }
+
+  /** `DELETE …/data/{id}` */
+  async remove(request: FastifyRequest, reply: FastifyReply): Promise<FastifyReply> {
+    const { domainId, access } = await this.#authorize(request, 'write');
+    if (access.lease !== null) {
+      throw new MillraceError(
+        'permission_denied',
+        'the token of a lease may not delete data; use a client token',
+      );
+    }
+    const id = requireUuid((request.params as { dataId: string }).dataId, 'data id');
+    if (!(await this.#ctx.store.deleteData(domainId, id))) {
+      throw new MillraceError('not_found', `no data item ${id} in domain ${domainId}`);
+    }
+    return reply.code(204).send();
+  }
+
+  async #authorize(
+    request: FastifyRequest,
+    access: Access,
+  ): Promise<{ readonly domainId: string; readonly access: DomainAccess }> {
+    const domainId = requireUuid((request.params as { domainId: string }).domainId, 'domain id');
+    return { domainId, access: await this.#ctx.auth.domain(request, domainId, access) };
+  }
+
+  async #record(domainId: string, id: string): Promise<DataRecord> {
+    const record = await this.#ctx.store.getData(domainId, id);
+    if (record === null) throw new MillraceError('not_found', `no data item ${id} in domain ${domainId}`);
+    return record;
+  }
+
+  async #upload(
+    request: FastifyRequest,
+  ): Promise<{ readonly upload: UploadRecord; readonly access: DomainAccess }> {
+    const { upload, access, completed } = await this.#uploadOrCompleted(request);
+    if (completed !== null) {
+      throw new MillraceError(
+        'not_found',
+        `upload ${values((request.query as RawQuery)['uploadId'])[0]} is completed`,
+      );
+    }
+    return { upload, access };
+  }
+
+  /** The upload of `?uploadId`, if this token may have it; or what became of it, if it was completed lately. */
+  async #uploadOrCompleted(
+    request: FastifyRequest,
+  ): Promise<
+    | { readonly upload: UploadRecord; readonly access: DomainAccess; readonly completed: null }
+    | { readonly upload: null; readonly access: DomainAccess; readonly completed: DataRecord }
+  > {
+    const { domainId, access } = await this.#authorize(request, 'write');
+    const { store, clock } = this.#ctx;
+    const id = requireUuid(values((request.query as RawQuery)['uploadId'])[0], 'uploadId');
+    const upload = await store.getUpload(domainId, id);
+    const completed = this.#completed.get(id);
+    if (upload === null && completed?.domainId === domainId) {
+      return { upload: null, access, completed: await this.#record(domainId, completed.dataId) };
+    }
+    const foreign = access.lease !== null && upload?.lease?.leaseId !== access.lease.leaseId;
+    if (upload === null || foreign || upload.expiresAtMs <= clock.now()) {
+      throw new MillraceError('not_found', `no upload ${id} in domain ${domainId}`);
+    }
+    return { upload, access, completed: null };
+  }
+
+  async #sendRaw(request: FastifyRequest, reply: FastifyReply, first: DataRecord): Promise<FastifyReply> {
+    let record = first;
+    for (let attempt = 1; ; attempt += 1) {
+      const etag = `"${record.digest}"`;
+      void reply
+        .header('etag', etag)
+        .header('accept-ranges', 'bytes')
+        .header('cache-control', 'private, no-cache');
+      if (matchesEtag(headerOf(request, 'if-none-match'), etag)) return reply.code(304).send();
+      // Whatever it is, it is not for a browser to run: the dashboard has this origin.
+      void reply.header('x-content-type-options', 'nosniff').type('application/octet-stream');
+      const ifRange = headerOf(request, 'if-range');
+      const range =
+        ifRange === null || ifRange === etag ? byteRange(headerOf(request, 'range'), record.size) : null;
+      if (range === 'unsatisfiable') {
+        return reply
+          .code(416)
+          .header('content-range', `bytes */${record.size}`)
+          .type('text/plain; charset=utf-8')
+          .send(`range ${headerOf(request, 'range')} is not within the ${record.size} bytes of ${record.id}`);
+      }
+      const body = await this.#openBlob(record, range ?? undefined);
+      if (body !== null) {
+        if (range === null) return reply.header('content-length', record.size).send(body);
+        return reply
+          .code(206)
+          .header('content-range', `bytes ${range.start}-${range.end}/${record.size}`)
+          .header('content-length', range.end - range.start + 1)
+          .send(body);
+      }
+      if (attempt === READ_TRIES) throw bytesMissing(record);
+      record = await this.#record(record.domain_id, record.id);
+    }
+  }
+
+  async #sendMultipart(reply: FastifyReply, records: readonly DataRecord[]): Promise<FastifyReply> {
+    for (const record of records) {
+      const stored = await this.#ctx.blobs.stat(record.digest);
+      if (stored === null || stored.size !== record.size) throw bytesMissing(record);
+    }
+    const boundary = randomBytes(30).toString('hex');
+    const heads = records.map((record) => downloadPartHead(record, boundary));
+    const tail = downloadTail(boundary);
+    const length = records.reduce(
+      (sum, record, index) => sum + heads[index]!.length + record.size + 2,
+      tail.length,
+    );
+    const openBlob = (record: DataRecord): Promise<Readable | null> => this.#openBlob(record);
+    const chunks = (async function* (): AsyncGenerator<Uint8Array> {
+      for (const [index, record] of records.entries()) {
+        yield heads[index]!;
+        const body = await openBlob(record);
+        if (body === null) throw bytesMissing(record);
+        yield* body as AsyncIterable<Buffer>;
+        yield LINE_END;
+      }
+      yield tail;
+    })();
+    return reply
+      .header('content-length', length)
+      .type(`multipart/form-data; boundary=${boundary}`)
+      .send(
+        readableFrom({
+          pull: async () => {
+            const next = await chunks.next();
+            return next.done === true ? null : next.value;
+          },
+          close: async () => {
+            await chunks.return(undefined);
+          },
+        }),
+      );
+  }
+
+  /** Null when the bytes are not there: collected since the record was read, or lost. */
+  async #openBlob(
+    record: DataRecord,
+    range?: { readonly start: number; readonly end: number },
+  ): Promise<Readable | null> {
+    const { blobs } = this.#ctx;
+    const stored = await blobs.stat(record.digest);
+    if (stored === null) return null;
+    if (stored.size !== record.size) throw bytesMissing(record);
+    try {
+      return await blobs.open(record.digest, range);
+    } catch (error) {
+      if (MillraceError.is(error) && error.code === 'not_found') return null;
+      throw error;
+    }
+  }
+
+  async #json<T>(request: FastifyRequest, reply: FastifyReply, schema: z.ZodType<T>): Promise<T> {
+    const limit = this.#ctx.limits.jsonBodyBytes;
+    const bounds = { limit, name: 'jsonBodyBytes', deadline: true };
+    const text = await this.#withBody(request, reply, bounds, async (body) => {
+      const chunks: Uint8Array[] = [];
+      for await (const chunk of body) chunks.push(chunk);
+      return Buffer.concat(chunks).toString('utf8');
+    });
+    let value: unknown;
+    try {
+      value = JSON.parse(text);
+    } catch (cause) {
+      throw new MillraceError('invalid_argument', `body: not valid JSON (${text.length} characters)`, {
+        cause,
+      });
+    }
+    const parsed = schema.safeParse(value);
+    if (parsed.success) return parsed.data;
+    const [issue] = parsed.error.issues;
+    throw new MillraceError(
+      'invalid_argument',
+      `body.${issue?.path.join('.') ?? ''}: ${issue?.message ?? 'invalid'}`,
+    );
+  }
+
+  /**
+   * Reads a request's body with `use`. The body ends with an error beyond `limit` bytes, when the client goes or the
+   * server closes; with `deadline` also when it takes too long in all. A silent client is `body-watch.ts`'s.
+   */
+  async #withBody<T>(
+    request: FastifyRequest,
+    reply: FastifyReply,
+    bounds: { readonly limit: number; readonly name: string; readonly deadline: boolean },
+    use: (body: ByteStream, signal: AbortSignal) => Promise<T>,
+  ): Promise<T> {
+    const { clock, closing } = this.#ctx;
+    const stop = new AbortController();
+    const onLate = (): void =>
+      stop.abort(
+        new MillraceError(
+          'deadline_exceeded',
+          `the request took longer than ${REQUEST_MAX_MS} ms (REQUEST_MAX_MS)`,
+        ),
+      );
+    const deadline = bounds.deadline ? clock.setTimer(onLate, REQUEST_MAX_MS) : null;
+    const onClosing = (): void =>
+      stop.abort(new MillraceError('unavailable', 'the server is closing; send this again'));
+    const onGone = (): void => stop.abort(new MillraceError('canceled', 'the client closed the connection'));
+    if (closing.aborted) onClosing();
+    else closing.addEventListener('abort', onClosing, { once: true });
+    reply.raw.once('close', onGone);
+    const { signal } = stop;
+    const body = (async function* (): AsyncGenerator<Uint8Array> {
+      let size = 0;
+      // The connection must outlive the body: the answer goes over it, also when the body was refused.
+      const raw = request.raw.iterator({ destroyOnReturn: false }) as AsyncIterable<Uint8Array>;
+      for await (const chunk of untilAborted(raw, signal)) {
+        size += chunk.length;
+        if (size > bounds.limit) throw tooLarge('the request body', bounds.limit, bounds.name);
+        yield chunk;
+      }
+    })();
+    try {
+      return await use(body, signal);
+    } catch (error) {
+      if (signal.aborted) throw signal.reason;
+      throw error;
+    } finally {
+      deadline?.cancel();
+      closing.removeEventListener('abort', onClosing);
+      reply.raw.removeListener('close', onGone);
+    }
+  }
+}
+
+type RawQuery = Readonly<Record<string, string | string[] | undefined>>;
+
+const LINE_END = Buffer.from('\r\n');
+
+function values(value: string | string[] | undefined): readonly string[] {
+  return value === undefined ? [] : Array.isArray(value) ? value : [value];
+}
+
+function contentLength(request: FastifyRequest): number | null {
+  const text = request.headers['content-length'];
+  return text === undefined ? null : Number(text);
+}
+
+async function* chunksOf(part: MultipartPart): AsyncGenerator<Uint8Array> {
+  for (let chunk = await part.pull(); chunk !== null; chunk = await part.pull()) yield chunk;
+}
+
+/** A task with an outputs prefix keeps to what its job made. */
+function confined(access: DomainAccess): boolean {
+  return access.lease !== null && access.prefix !== null && access.prefix !== '';
+}
+
+function uploadTarget(
+  part: MultipartPart,
+  replace: boolean,
+): { readonly id: string | null; readonly name: string | null; readonly dataType: string | null } {
+  const { params } = part;
+  const name = params.get('name');
+  const dataType = params.get('data-type');
+  const id = params.get('id');
+  if (replace) {
+    if (id === undefined) {
+      throw new MillraceError('invalid_argument', 'PUT needs id="…" in the Content-Disposition of the part');
+    }
+    return {
+      id: requireUuid(id, 'id'),
+      name: name === undefined ? null : checkDataName(name, 'name'),
+      dataType: dataType === undefined ? null : checkDataName(dataType, 'data-type'),
+    };
+  }
+  if (id !== undefined || name === undefined || dataType === undefined) {
+    throw new MillraceError(
+      'invalid_argument',
+      'POST needs name="…" and data-type="…", and no id, in the Content-Disposition of the part',
+    );
+  }
+  return { id: null, name: checkDataName(name, 'name'), dataType: checkDataName(dataType, 'data-type') };
+}
+
+/** The stored parts, if they are all there, are the ones the client means, and have the sizes they must have. */
+function checkParts(
+  upload: UploadRecord,
+  parts: readonly { readonly part_number: number; readonly etag: string }[],
+): UploadRecord['parts'] {
+  const stored = new Map(upload.parts.map((part) => [part.partNumber, part]));
+  let total = 0;
+  const chosen = parts.map((part, index) => {
+    const found = stored.get(part.part_number);
+    if (part.part_number !== index + 1) {
+      throw new MillraceError(
+        'invalid_argument',
+        `parts must be 1, 2, 3 … without gaps, got ${part.part_number} in place ${index + 1}`,
+      );
+    }
+    if (found === undefined) {
+      throw new MillraceError('invalid_argument', `part ${part.part_number} was not uploaded`);
+    }
+    if (found.etag !== part.etag) {
+      throw new MillraceError(
+        'invalid_argument',
+        `part ${part.part_number} has the etag ${found.etag}, got ${JSON.stringify(part.etag.slice(0, 80))}`,
+      );
+    }
+    if (index < parts.length - 1 && found.size !== upload.partSize) {
+      throw new MillraceError(
+        'invalid_argument',
+        `part ${part.part_number} must be ${upload.partSize} bytes like all but the last, got ${found.size}`,
+      );
+    }
+    total += found.size;
+    return found;
+  });
+  if (upload.size !== null && total !== upload.size) {
+    throw new MillraceError(
+      'invalid_argument',
+      `the parts add up to ${total} bytes, ${upload.size} were announced`,
+    );
+  }
+  return chosen;
+}
+
+/** A single `bytes=` range; null for none and for what may be ignored (several ranges, other units). */
+function byteRange(
+  header: string | null,
+  size: number,
+): { readonly start: number; readonly end: number } | 'unsatisfiable' | null {
+  const match = header === null ? null : /^bytes=(\d*)-(\d*)$/.exec(header.trim());
+  if (match === null || (match[1] === '' && match[2] === '')) return null;
+  if (match[1] === '') {
+    const length = Math.min(Number(match[2]), size);
+    return length === 0 ? 'unsatisfiable' : { start: size - length, end: size - 1 };
+  }
+  const start = Number(match[1]);
+  const end = match[2] === '' ? size - 1 : Math.min(Number(match[2]), size - 1);
+  if (match[2] !== '' && Number(match[2]) < start) return null;
+  return start >= size ? 'unsatisfiable' : { start, end };
+}
+
+function matchesEtag(header: string | null, etag: string): boolean {
+  if (header === null) return false;
+  return header.split(',').some((item) => item.trim() === '*' || item.trim().replace(/^W\//, '') === etag);
+}
+
+function tooLarge(what: string, limit: number, name: string): MillraceError {
+  return new MillraceError('resource_exhausted', `${what} must be at most ${limit} bytes (${name})`, {
+    details: { limit: name, value: limit },
+  });
+}
+
+function bytesMissing(record: DataRecord): MillraceError {
+  return new MillraceError(
+    'data_loss',
+    `the stored bytes of data item ${record.id} (${record.digest}, ${record.size} bytes) are missing or damaged`,
+  );
+}
+
+/**
+ * After an answer that came before the whole body: Node reads the rest and drops it, so the client gets to see the
+ * answer instead of a reset; one that goes on and on is cut off.
+ */
+function lingerOn(request: FastifyRequest, reply: FastifyReply, ctx: ServerContext): void {
+  if (request.raw.complete) return;
+  reply.raw.once('finish', () => {
+    const cut = ctx.clock.setTimer(
+      () => {
+        if (!request.raw.complete) request.raw.socket.destroy();
+      },
+      LINGER_MS,
+      { unref: true },
+    );
+    request.raw.once('close', () => cut.cancel());
+  });
+}

@@ -1,0 +1,49 @@
+/** What says what this server is: health, metrics, keys, and a page for the person who opens it in a browser. */
+import type { FastifyInstance } from 'fastify';
+import { VERSION } from '../version.ts';
+import type { ServerContext } from './context.ts';
+
+export function registerServiceRoutes(app: FastifyInstance, context: ServerContext): void {
+  app.get('/health', () => ({
+    status: 'ok',
+    version: VERSION,
+    domain_id: context.defaultDomainId,
+  }));
+
+  app.get('/metrics', async (_request, reply) => {
+    const { contentType, text } = await context.metrics.render();
+    return reply.type(contentType).send(text);
+  });
+
+  app.get('/service/public-key', () => context.tokens.publicKey.jwk);
+
+  app.get('/service/public-key.pem', (_request, reply) =>
+    reply.type('application/x-pem-file').send(context.tokens.publicKey.pem),
+  );
+
+  app.get('/', (_request, reply) => {
+    const url = context.publicUrl();
+    return reply
+      .type('text/plain; charset=utf-8')
+      .send(
+        [
+          `Millrace dispatcher ${VERSION}`,
+          '',
+          'Requestors',
+          `  MILLRACE_URL=${url}`,
+          `  ${url}/v1/jobs            submit (POST), list (GET); /{id}, /{id}/events, /{id}/cancel`,
+          `  ${url}/v1/nodes           who works here`,
+          '',
+          'Nodes',
+          `  DDS_BASE_URL=${url}`,
+          `  DMS_BASE_URL=${url}/v1`,
+          '',
+          'Operators',
+          `  ${url}/health             up?`,
+          `  ${url}/metrics            for Prometheus`,
+          `  ${url}/service/public-key checks the tokens made here (ES256)`,
+          '',
+        ].join('\n'),
+      );
+  });
+}

@@ -1,0 +1,376 @@
+/**
+ * Wires a store, a blob store, keys and routes into one HTTP server for DDS, DMS, jobs and domain storage.
+ *
+ * The order of a request: URL cleaned, body read within its limits and time, JSON parsed and its depth checked, schema
+ * checked, identity checked, then the store. Nothing has changed when any of these refuses.
+ */
+import { randomUUID } from 'node:crypto';
+import { setMaxListeners } from 'node:events';
+import type { AddressInfo, Socket } from 'node:net';
+import { MillraceError, systemClock, type JsonObject, type Logger } from '@millrace/runner';
+import { fastify, type FastifyInstance, type FastifyRequest } from 'fastify';
+import { BearerAuth } from './auth.ts';
+import { BodyWatch } from './body-watch.ts';
+import type { Dispatcher, DispatcherLimits, DispatcherOptions } from './dispatcher.ts';
+import { errorBody, jsonErrorHandler } from './errors-http.ts';
+import { openMetrics } from './metrics.ts';
+import { SERVER_CLOSING, type ServerContext } from './routes/context.ts';
+import { registerDdsRoutes } from './routes/dds.ts';
+import { registerDmsRoutes } from './routes/dms.ts';
+import { registerDomainRoutes } from './routes/domain.ts';
+import { registerJobRoutes } from './routes/jobs.ts';
+import { registerNodeRoutes } from './routes/nodes.ts';
+import { registerServiceRoutes } from './routes/service.ts';
+import { Signals } from './signals.ts';
+import { Collector, Sweeper } from './sweeper.ts';
+import { openTokens } from './tokens.ts';
+
+export const DEFAULT_LIMITS: DispatcherLimits = {
+  jsonBodyBytes: 2 * 1024 * 1024,
+  jobBodyBytes: 16 * 1024 * 1024,
+  jsonDepth: 32,
+  dataBytes: 64 * 1024 ** 3,
+  uploadRequestBytes: 100 * 1024 * 1024,
+  partBytes: 8 * 1024 * 1024,
+  tasksPerJob: 10_000,
+  batchItems: 256,
+  longPollSecs: 60,
+  progressBytes: 64 * 1024,
+  eventsPerHeartbeat: 1024,
+  slowClientMs: 30_000,
+  loginBurst: 500,
+};
+
+const CLIENT_TOKEN_SECS = 30 * 24 * 3600;
+
+/** A node token lists up to 256 capabilities of up to 256 bytes, in Base64. */
+const MAX_HEADER_BYTES = 128 * 1024;
+
+/** How long closing waits for requests under way before it ends their connections. */
+const CLOSE_GRACE_MS = 10_000;
+
+/**
+ * Starts a dispatcher. Resolves when it accepts connections; what expired while it was down has been taken back by then.
+ *
+ * @throws MillraceError `invalid_argument` for options that cannot be, `failed_precondition` when the address is taken
+ */
+export async function openDispatcher(options: DispatcherOptions): Promise<Dispatcher> {
+  const { store, blobs, host = '127.0.0.1', port = 7070 } = options;
+  const clock = options.clock ?? systemClock;
+  const log = options.log ?? silentLogger;
+  const limits = { ...DEFAULT_LIMITS, ...options.limits };
+  const publicUrl = options.publicUrl === undefined ? null : checkedPublicUrl(options.publicUrl);
+
+  const tokens = await openTokens(store, clock);
+  const defaultDomainId = await keptId(options, 'default_domain');
+  const organizationId = await keptId(options, 'organization');
+
+  const closing = new AbortController();
+  // Every request that waits listens to it.
+  setMaxListeners(0, closing.signal);
+  const signals = new Signals(store);
+  const metrics = openMetrics(store);
+  const bodies = new BodyWatch(clock, limits.slowClientMs);
+  const sweeper = new Sweeper({
+    store,
+    clock,
+    log,
+    onSwept: ({ rescued }) => metrics.ended('expired', rescued),
+  });
+  const collector = new Collector({ store, blobs, clock, log });
+  let url = '';
+
+  const context: ServerContext = {
+    store,
+    blobs,
+    limits,
+    clock,
+    random: options.random ?? Math.random,
+    log,
+    auth: new BearerAuth(tokens),
+    tokens,
+    metrics,
+    signals,
+    defaultDomainId,
+    organizationId,
+    publicUrl: () => publicUrl ?? url,
+    closing: closing.signal,
+  };
+
+  const app = createApp(context, bodies);
+  const disposeParts = async (): Promise<void> => {
+    await Promise.all([sweeper.close(), collector.close()]);
+    signals[Symbol.dispose]();
+    bodies[Symbol.dispose]();
+    metrics[Symbol.dispose]();
+  };
+  try {
+    await sweeper.start();
+    await app.listen({ host, port });
+  } catch (error) {
+    closing.abort(SERVER_CLOSING);
+    await app.close();
+    await disposeParts();
+    throw listenError(error, host, port);
+  }
+  collector.start();
+  url = originOf(app.server.address() as AddressInfo);
+  log.info('dispatcher listens', { url, public_url: context.publicUrl() });
+  if (publicUrl === null && isWildcard(host)) {
+    log.warn('leases name an address that only this machine can reach; give a public URL', { url });
+  }
+
+  let closed: Promise<void> | null = null;
+  const close = (): Promise<void> => {
+    closed ??= (async () => {
+      log.info('dispatcher closes');
+      closing.abort(SERVER_CLOSING);
+      const force = clock.setTimer(() => app.server.closeAllConnections(), CLOSE_GRACE_MS);
+      try {
+        await app.close();
+      } finally {
+        force.cancel();
+        await disposeParts();
+      }
+    })();
+    return closed;
+  };
+
+  return {
+    url,
+    defaultDomainId,
+    issueClientToken: ({
+      domainId,
+      ttlSecs = CLIENT_TOKEN_SECS,
+      readOnly = false,
+      subject = 'client',
+    } = {}) =>
+      Promise.resolve(
+        tokens.issueClient({ domainId: domainId ?? null, subject, canWrite: !readOnly }, ttlSecs).token,
+      ),
+    close,
+    [Symbol.asyncDispose]: close,
+  };
+}
+
+function createApp(context: ServerContext, bodies: BodyWatch): FastifyInstance {
+  const { limits, log, metrics } = context;
+  const app = fastify({
+    logger: false,
+    bodyLimit: limits.jsonBodyBytes,
+    // HEAD would otherwise run the handler of GET, and GET /v1/tasks takes a lease.
+    exposeHeadRoutes: false,
+    routerOptions: { ignoreDuplicateSlashes: true, ignoreTrailingSlash: true },
+    // The whole request's time is not bound here: an upload may take hours. See body-watch.ts.
+    requestTimeout: 0,
+    http: {
+      headersTimeout: limits.slowClientMs,
+      connectionsCheckingInterval: Math.max(50, Math.min(5_000, limits.slowClientMs / 4)),
+      maxHeaderSize: MAX_HEADER_BYTES,
+    },
+    ajv: { customOptions: { coerceTypes: false, removeAdditional: false, useDefaults: false } },
+    clientErrorHandler: answerClientError,
+  });
+  app.removeAllContentTypeParsers();
+  app.addContentTypeParser('application/json', { parseAs: 'string' }, (_request, text, done) => {
+    try {
+      done(null, parseBody(text as string, limits.jsonDepth));
+    } catch (error) {
+      done(error as Error);
+    }
+  });
+  app.addHook('onRequest', (request, reply, done) => {
+    bodies.watch(request.raw, reply.raw);
+    done();
+  });
+  app.addHook('onResponse', (request, reply, done) => {
+    metrics.request(
+      request.method,
+      request.routeOptions.url ?? 'unknown',
+      reply.statusCode,
+      reply.elapsedTime / 1000,
+    );
+    done();
+  });
+  app.setErrorHandler(jsonErrorHandler(log));
+  const routes = new RouteTable();
+  app.addHook('onRoute', ({ url, method }) => routes.add(url, [method].flat()));
+  app.setNotFoundHandler((request, reply) => {
+    const allowed = routes.methodsFor(pathOf(request));
+    if (allowed.length > 0) {
+      void reply
+        .code(405)
+        .header('allow', allowed.join(', '))
+        .send({
+          error: {
+            code: 'unimplemented',
+            message: `${request.method} is not possible here; ${allowed.join(', ')} is`,
+          },
+        });
+      return;
+    }
+    const message = `there is no route ${request.method} ${pathOf(request).slice(0, 200)}`;
+    void reply.code(404).send({ error: { code: 'not_found', message } });
+  });
+  // Each in a scope of its own, so that content type parsers of one do not reach another.
+  for (const register of [
+    registerServiceRoutes,
+    registerDdsRoutes,
+    registerNodeRoutes,
+    registerDmsRoutes,
+    registerJobRoutes,
+    registerDomainRoutes,
+  ]) {
+    app.register((scope, _options, done) => {
+      register(scope, context);
+      done();
+    });
+  }
+  return app;
+}
+
+/** JSON within a depth, and without the one key that reaches an object's prototype. An empty text is no body. */
+function parseBody(text: string, maxDepth: number): unknown {
+  if (text === '') return undefined;
+  let value: unknown;
+  try {
+    value = JSON.parse(text);
+  } catch (cause) {
+    throw new MillraceError('invalid_argument', `the body is not valid JSON (${text.length} characters)`, {
+      cause,
+    });
+  }
+  checkTree(value, maxDepth, maxDepth);
+  return value;
+}
+
+// The parser itself is not recursive, so any depth within the body limit is safe to parse; this walk stops at the limit.
+function checkTree(value: unknown, left: number, maxDepth: number): void {
+  if (typeof value !== 'object' || value === null) return;
+  if (left === 0) {
+    throw new MillraceError(
+      'resource_exhausted',
+      `the body is nested deeper than the limit jsonDepth, which is ${maxDepth}`,
+      { details: { limit: 'jsonDepth', value: maxDepth } },
+    );
+  }
+  if (Array.isArray(value)) {
+    for (const item of value) checkTree(item, left - 1, maxDepth);
+    return;
+  }
+  for (const key of Object.keys(value)) {
+    if (key === '__proto__') {
+      throw new MillraceError('invalid_argument', 'the body has a member "__proto__", which is not allowed');
+    }
+    checkTree((value as Record<string, unknown>)[key], left - 1, maxDepth);
+  }
+}
+
+/** Which methods a path has, for the 405 that the router does not give. */
+class RouteTable {
+  readonly #routes = new Map<string, { readonly pattern: RegExp; readonly methods: Set<string> }>();
+
+  add(url: string, methods: readonly string[]): void {
+    const route = this.#routes.get(url) ?? { pattern: pathPattern(url), methods: new Set<string>() };
+    for (const method of methods) route.methods.add(method);
+    this.#routes.set(url, route);
+  }
+
+  methodsFor(path: string): string[] {
+    const methods = new Set<string>();
+    for (const route of this.#routes.values()) {
+      if (route.pattern.test(path)) for (const method of route.methods) methods.add(method);
+    }
+    return [...methods].toSorted();
+  }
+}
+
+function pathPattern(url: string): RegExp {
+  const source = url
+    .split('/')
+    .map((part) => {
+      if (part.startsWith(':')) return '[^/]+';
+      return part === '*' ? '.*' : part.replaceAll(/[.*+?^${}()|[\]\\]/g, String.raw`\$&`);
+    })
+    .join('/');
+  return new RegExp(`^${source}/?$`);
+}
+
+function pathOf(request: FastifyRequest): string {
+  return (request.url.split('?', 1)[0] ?? '').replaceAll(/\/{2,}/g, '/');
+}
+
+/** Bytes that are no HTTP request, or headers that did not come in time. */
+function answerClientError(error: Error & { code?: string }, socket: Socket): void {
+  if (error.code === 'ECONNRESET' || socket.destroyed) {
+    socket.destroy();
+    return;
+  }
+  const [status, failure]: [string, MillraceError] =
+    error.code === 'ERR_HTTP_REQUEST_TIMEOUT'
+      ? ['408 Request Timeout', new MillraceError('deadline_exceeded', 'the headers did not come in time')]
+      : error.code === 'HPE_HEADER_OVERFLOW'
+        ? [
+            '431 Request Header Fields Too Large',
+            new MillraceError('resource_exhausted', `the headers are larger than ${MAX_HEADER_BYTES} bytes`),
+          ]
+        : ['400 Bad Request', new MillraceError('invalid_argument', 'this is not an HTTP request')];
+  const body = JSON.stringify({ error: errorBody(failure) });
+  if (socket.writable) {
+    socket.write(
+      `HTTP/1.1 ${status}\r\nConnection: close\r\nContent-Type: application/json; charset=utf-8\r\n` +
+        `Content-Length: ${Buffer.byteLength(body)}\r\n\r\n${body}`,
+    );
+  }
+  socket.destroySoon();
+}
+
+/** An id made once and kept in the store. */
+async function keptId({ store }: DispatcherOptions, name: string): Promise<string> {
+  const value: JsonObject = await store.setting(name, () => ({ id: randomUUID() }));
+  return value['id'] as string;
+}
+
+function checkedPublicUrl(value: string): string {
+  if (!URL.canParse(value) || !/^https?:$/.test(new URL(value).protocol)) {
+    throw new MillraceError(
+      'invalid_argument',
+      `publicUrl must be http:// or https://, got ${JSON.stringify(value)}`,
+    );
+  }
+  return value.replace(/\/+$/, '');
+}
+
+function isWildcard(address: string): boolean {
+  return address === '0.0.0.0' || address === '::';
+}
+
+function originOf({ address, family, port }: AddressInfo): string {
+  // "Every address" is no address; from this machine the loopback is.
+  if (isWildcard(address)) return `http://127.0.0.1:${port}`;
+  return family === 'IPv6' ? `http://[${address}]:${port}` : `http://${address}:${port}`;
+}
+
+function listenError(error: unknown, host: string, port: number): unknown {
+  const { code } = error as NodeJS.ErrnoException;
+  const why =
+    code === 'EADDRINUSE'
+      ? 'it is in use; stop the other program or choose another port (0 picks a free one)'
+      : code === 'EADDRNOTAVAIL' || code === 'ENOTFOUND'
+        ? 'this machine has no such address'
+        : code === 'EACCES'
+          ? 'this user may not; choose a port above 1023'
+          : null;
+  if (why === null) return error;
+  return new MillraceError('failed_precondition', `cannot listen on ${host}:${port}: ${why}`, {
+    cause: error,
+  });
+}
+
+const silentLogger: Logger = {
+  debug() {},
+  info() {},
+  warn() {},
+  error() {},
+  child: () => silentLogger,
+};

@@ -1,0 +1,282 @@
+/**
+ * The seam between the dispatcher and its database: about twenty-five verbs, batch first, each one transaction's
+ * worth of meaning. Implementations: `stores/sqlite.ts`; PostgreSQL follows. `stores/suite.ts` proves any of them.
+ *
+ * What every implementation promises:
+ * - A verb resolves after its effects are committed and synced; concurrent calls may share one commit.
+ * - The store's clock judges leases, retries and deadlines.
+ * - A batch verb answers each item on its own: one item's error changes nothing for the others.
+ * - A write under a lease is accepted only while that lease is its task's newest ({@link LeaseRef}).
+ * - Listeners hear of a change after it is committed, never before.
+ */
+import type { Json, JsonObject, MillraceError } from '@millrace/runner';
+import type {
+  BusyNode,
+  DataRecord,
+  JobDetail,
+  JobEvent,
+  JobRecord,
+  JobSpec,
+  JobStatus,
+  NodeMode,
+  NodeRecord,
+  TaskRecord,
+  TasksSummary,
+} from './records.ts';
+
+/** The answer to one item of a batch. */
+export type Outcome<T> =
+  { readonly ok: true; readonly value: T } | { readonly ok: false; readonly error: MillraceError };
+
+/**
+ * Names a lease. Our nodes send the lease id. A reference node knows only itself and the task: then `leaseId` is
+ * null, and the task's current lease is meant if `nodeId` holds it.
+ */
+export interface LeaseRef {
+  readonly taskId: string;
+  readonly nodeId: string;
+  readonly leaseId: string | null;
+}
+
+export interface NewJob {
+  readonly spec: JobSpec;
+  readonly organizationId: string | null;
+  /**
+   * The same key from the same submitter with the same spec gives the first job's id again; with another spec it
+   * is `already_exists`. 1 to 128 visible ASCII characters. `submitter` scopes it.
+   */
+  readonly idempotencyKey: string | null;
+  readonly submitter: string;
+}
+
+export interface LeaseRequest {
+  readonly nodeId: string;
+  /** At most this many; the node's `max_concurrency` bounds it too. */
+  readonly max: number;
+  /** Only these, if given; always within what the node registered. */
+  readonly capabilities: readonly string[] | null;
+  /** Ours: the tasks are `running` at once, as if their first heartbeat had come. Saves one round trip and commit. */
+  readonly start: boolean;
+}
+
+/** One granted lease with all the server needs to build the envelope. */
+export interface GrantedLease {
+  readonly leaseId: string;
+  readonly expiresAt: string;
+  readonly domainId: string;
+  readonly task: TaskRecord;
+}
+
+export interface LeaseAnswer {
+  readonly leases: readonly GrantedLease[];
+  /** True when nothing was given because the node already holds as many leases as it may: the wire's 409. */
+  readonly busy: boolean;
+}
+
+export interface HeartbeatItem extends LeaseRef {
+  /** Newest progress; null leaves the stored one. */
+  readonly progress: Json;
+  readonly events: readonly Json[];
+}
+
+export interface HeartbeatAnswer {
+  readonly leaseId: string;
+  readonly expiresAt: string;
+  /** The job was cancelled, or the task's deadline passed: end the work and release with reason `canceled`. */
+  readonly cancel: boolean;
+  readonly domainId: string;
+  readonly task: TaskRecord;
+}
+
+export interface CompleteItem extends LeaseRef {
+  readonly outputCids: readonly string[];
+  readonly meta: Json;
+}
+
+export interface FailItem extends LeaseRef {
+  readonly reason: string;
+  readonly details: Json;
+  /** False: no retry, whatever attempts are left. */
+  readonly retryable: boolean;
+  /** True for `node_setup_failed`: the node's fault, not the task's. */
+  readonly nodeFault: boolean;
+}
+
+/** `shutdown`: the node drains. `canceled`: the work of a cancelled task is gone. */
+export interface ReleaseItem extends LeaseRef {
+  readonly reason: 'shutdown' | 'canceled' | 'setup_failed';
+}
+
+export interface SweepAnswer {
+  /** Leases taken back because they expired. */
+  readonly rescued: number;
+  /** When the next lease expires, retry becomes due or deadline passes; null if nothing is waiting. Epoch ms. */
+  readonly nextAtMs: number | null;
+}
+
+export interface ListJobsQuery {
+  readonly domainId: string | null;
+  readonly status: JobStatus | null;
+  readonly capabilities: readonly string[];
+  readonly matchAllCapabilities: boolean;
+  /** 1 to 100. */
+  readonly limit: number;
+  /** As returned; null starts with the newest job. */
+  readonly cursor: string | null;
+}
+
+export interface NewNode {
+  readonly name: string;
+  readonly mode: NodeMode;
+  readonly organizationId: string;
+  /** SHA-256 hex of the registration secret; the secret itself is never stored. */
+  readonly secretHash: string;
+}
+
+export interface NodeRegistration {
+  readonly nodeId: string;
+  readonly secretHash: string;
+  readonly wallet: string;
+  readonly capabilities: readonly string[];
+  readonly labels: Readonly<Record<string, string>>;
+  readonly version: string;
+  /** null: 1, as the reference has it. */
+  readonly maxConcurrency: number | null;
+}
+
+export interface Nonce {
+  readonly nonce: string;
+  readonly wallet: string;
+  readonly domain: string;
+  readonly uri: string;
+  readonly chainId: number;
+  readonly issuedAt: string;
+  readonly expiresAtMs: number;
+}
+
+/** Bytes already in the blob store, to be named. */
+export interface DataWrite {
+  readonly domainId: string;
+  /** Replace this record; null creates. */
+  readonly id: string | null;
+  /** On create: the id to give it, as promised by a chunked upload's `dataId`. Default: a fresh one. */
+  readonly createId?: string;
+  /** null on replace keeps the old one. */
+  readonly name: string | null;
+  readonly dataType: string | null;
+  readonly digest: string;
+  readonly size: number;
+  /** The lease it is written under; null for a requestor. Checked like every write under a lease. */
+  readonly lease: LeaseRef | null;
+  /** On create: replace a record of the same name instead of answering `already_exists`. */
+  readonly replaceByName: boolean;
+  /**
+   * With a lease: replace only what was created under a lease of the same job, else `permission_denied`. For tasks
+   * with an outputs prefix, which confines them to their own. Default false.
+   */
+  readonly ownOnly?: boolean;
+}
+
+export interface DataQuery {
+  readonly domainId: string;
+  /** In this order; empty means no filter by id. */
+  readonly ids: readonly string[];
+  readonly name: string | null;
+  readonly dataType: string | null;
+  readonly limit: number;
+}
+
+/** A chunked upload under way. */
+export interface UploadRecord {
+  readonly id: string;
+  readonly domainId: string;
+  readonly name: string;
+  readonly dataType: string;
+  readonly size: number | null;
+  readonly existingId: string | null;
+  /** The id the finished item will have. */
+  readonly dataId: string;
+  readonly partSize: number;
+  readonly expiresAtMs: number;
+  readonly lease: LeaseRef | null;
+  readonly parts: readonly { readonly partNumber: number; readonly etag: string; readonly size: number }[];
+}
+
+export type StoreChange =
+  | { readonly kind: 'runnable' }
+  | { readonly kind: 'job'; readonly jobId: string }
+  | { readonly kind: 'cancel'; readonly leaseIds: readonly string[] };
+
+/** Where the open leases and their tasks stand, for `/metrics` and `doctor`. */
+export interface StoreStats {
+  readonly tasks: TasksSummary;
+  readonly jobs: Readonly<Record<JobStatus, number>>;
+  readonly oldestRunnableAgeMs: number | null;
+}
+
+export interface Store extends AsyncDisposable {
+  // Jobs. Specs were validated by the caller.
+  submit(jobs: readonly NewJob[]): Promise<Outcome<{ readonly jobId: string; readonly created: boolean }>[]>;
+  getJob(id: string): Promise<JobDetail | null>;
+  getTask(id: string): Promise<TaskRecord | null>;
+  listJobs(query: ListJobsQuery): Promise<{
+    readonly items: readonly { readonly job: JobRecord; readonly tasks_summary: TasksSummary }[];
+    readonly nextCursor: string | null;
+  }>;
+  /** Queued tasks end now; leased ones are asked to end. Null: unknown job. A finished job is left as it is. */
+  cancelJob(id: string): Promise<JobRecord | null>;
+  /** @throws MillraceError `failed_precondition` while a task of it is leased. False: unknown job. */
+  deleteJob(id: string): Promise<boolean>;
+  /** Events with `seq > after`, in order. Null: unknown job. */
+  events(jobId: string, after: number, limit: number): Promise<readonly JobEvent[] | null>;
+
+  // Leases.
+  lease(requests: readonly LeaseRequest[]): Promise<Outcome<LeaseAnswer>[]>;
+  heartbeat(items: readonly HeartbeatItem[]): Promise<Outcome<HeartbeatAnswer>[]>;
+  complete(items: readonly CompleteItem[]): Promise<Outcome<{ readonly leaseId: string }>[]>;
+  fail(items: readonly FailItem[]): Promise<Outcome<{ readonly leaseId: string }>[]>;
+  release(items: readonly ReleaseItem[]): Promise<Outcome<{ readonly leaseId: string }>[]>;
+  /** Of these leases, those whose work should end: cancelled, or no longer the newest. */
+  canceledLeases(nodeId: string, leaseIds: readonly string[]): Promise<readonly string[]>;
+  /** Takes back expired leases, makes due retries runnable, fails tasks past their deadline. */
+  sweep(): Promise<SweepAnswer>;
+
+  // Nodes and their identity.
+  createNode(node: NewNode): Promise<NodeRecord>;
+  /** @throws MillraceError `unauthenticated` wrong id or secret, `already_exists` the wallet belongs to another node. */
+  registerNode(registration: NodeRegistration): Promise<NodeRecord>;
+  getNode(id: string): Promise<NodeRecord | null>;
+  findNodeByWallet(wallet: string): Promise<NodeRecord | null>;
+  /** Notes that the node asked for work; may be written at most every few seconds. */
+  touchNode(id: string): Promise<void>;
+  listNodes(): Promise<readonly NodeRecord[]>;
+  busyNodes(mode: NodeMode | 'all'): Promise<readonly BusyNode[]>;
+  /** Live nonces are bounded; at the bound it is `resource_exhausted`. */
+  putNonce(nonce: Nonce): Promise<void>;
+  /** The nonce, which is gone afterwards whoever asks; null when unknown, used or expired. */
+  takeNonce(nonce: string): Promise<Nonce | null>;
+  /** The value of a setting; `create` gives it the first time, and all callers get the one that won. */
+  setting(name: string, create: () => JsonObject): Promise<JsonObject>;
+
+  // Data items and chunked uploads. The bytes are in the blob store.
+  putData(write: DataWrite): Promise<DataRecord>;
+  getData(domainId: string, id: string): Promise<DataRecord | null>;
+  findData(query: DataQuery): Promise<readonly DataRecord[]>;
+  deleteData(domainId: string, id: string): Promise<boolean>;
+  createUpload(upload: Omit<UploadRecord, 'parts'>): Promise<void>;
+  getUpload(domainId: string, id: string): Promise<UploadRecord | null>;
+  /** Replaces a part of the same number. */
+  putPart(
+    uploadId: string,
+    part: { readonly partNumber: number; readonly etag: string; readonly size: number },
+  ): Promise<void>;
+  /** Forgets the upload; false when unknown. Expired ones are listed by {@link expiredUploads}. */
+  deleteUpload(id: string): Promise<boolean>;
+  expiredUploads(limit: number): Promise<readonly UploadRecord[]>;
+  /** Of these digests, those that no data item names. */
+  unreferencedDigests(digests: readonly string[]): Promise<readonly string[]>;
+
+  stats(): Promise<StoreStats>;
+  /** Calls `listener` after each commit that changed something of interest. */
+  subscribe(listener: (change: StoreChange) => void): Disposable;
+}

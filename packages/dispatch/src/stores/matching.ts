@@ -1,0 +1,42 @@
+/**
+ * Which node may take which work. Tasks with the same demands form a queue; a node is matched against queues, never
+ * against single tasks.
+ */
+import type { NodeMode } from '../records.ts';
+
+/** What the tasks of one queue demand of a node. */
+export interface Demand {
+  readonly capability: string;
+  readonly filters: Readonly<Record<string, string>>;
+  readonly mode: NodeMode;
+  /** The job's organization; null: none. */
+  readonly organizationId: string | null;
+}
+
+/** What a node offers. */
+export interface Offer {
+  readonly capabilities: readonly string[];
+  readonly labels: Readonly<Record<string, string>>;
+  readonly mode: NodeMode;
+  readonly organizationId: string;
+}
+
+/**
+ * - `preferred` work the node is meant for: a dedicated node's dedicated tasks, a public node's own organization
+ * - `other` everything else it may take, after all of the above
+ * - `never` a capability it has not registered, a filter that does not equal its label, or work it is not allowed to see:
+ *   public nodes take public work of any organization, dedicated nodes only work of their own.
+ */
+export function match(demand: Demand, offer: Offer): 'preferred' | 'other' | 'never' {
+  if (!offer.capabilities.includes(demand.capability)) return 'never';
+  for (const [label, value] of Object.entries(demand.filters)) {
+    if (!Object.hasOwn(offer.labels, label) || offer.labels[label] !== value) return 'never';
+  }
+  const own = demand.organizationId === offer.organizationId;
+  if (offer.mode === 'dedicated') {
+    if (!own) return 'never';
+    return demand.mode === 'dedicated' ? 'preferred' : 'other';
+  }
+  if (demand.mode === 'dedicated') return 'never';
+  return own ? 'preferred' : 'other';
+}

@@ -1,0 +1,188 @@
+/** Data items and chunked uploads in SQLite. Synchronous; the caller brings the transaction. */
+import { MillraceError } from '@millrace/runner';
+import type { Clock } from '@millrace/runner';
+import type { DataRecord } from '../records.ts';
+import type { DataQuery, DataWrite, LeaseRef, UploadRecord } from '../store.ts';
+import type { Database, Row, Statement } from './sqlite-database.ts';
+import { isoTime } from './time.ts';
+
+const COLUMNS = 'id, domain_id, name, data_type, size, created_at, updated_at, digest';
+
+export class Data {
+  readonly #clock: Clock;
+  readonly #newId: () => string;
+  readonly #checkLease: (ref: LeaseRef, domainId: string) => string;
+  readonly #selectOne: Statement;
+  readonly #selectByName: Statement;
+  readonly #selectAll: Statement;
+  readonly #selectMaker: Statement;
+  readonly #insert: Statement;
+  readonly #update: Statement;
+  readonly #delete: Statement;
+  readonly #selectDigest: Statement;
+  readonly #insertUpload: Statement;
+  readonly #selectUpload: Statement;
+  readonly #selectExpired: Statement;
+  readonly #deleteUpload: Statement;
+  readonly #selectParts: Statement;
+  readonly #upsertPart: Statement;
+  readonly #deleteParts: Statement;
+
+  /** `checkLease` throws when the lease may not write into the domain, else it gives the id of its job. */
+  constructor(
+    database: Database,
+    clock: Clock,
+    newId: () => string,
+    checkLease: (ref: LeaseRef, domainId: string) => string,
+  ) {
+    this.#clock = clock;
+    this.#newId = newId;
+    this.#checkLease = checkLease;
+    const sql = (text: string): Statement => database.prepare(text);
+    this.#selectOne = sql(`SELECT ${COLUMNS} FROM data WHERE domain_id = ? AND id = ?`);
+    this.#selectByName = sql(`SELECT ${COLUMNS} FROM data WHERE domain_id = ? AND name = ?`);
+    this.#selectAll = sql(`
+      SELECT ${COLUMNS} FROM data
+      WHERE domain_id = ?1 AND (?2 IS NULL OR data_type = ?2) ORDER BY name LIMIT ?3`);
+    this.#selectMaker = sql('SELECT job_id FROM data WHERE id = ?');
+    this.#insert = sql(`INSERT INTO data (${COLUMNS}, job_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`);
+    this.#update = sql(
+      'UPDATE data SET name = ?, data_type = ?, digest = ?, size = ?, updated_at = ? WHERE id = ?',
+    );
+    this.#delete = sql('DELETE FROM data WHERE domain_id = ? AND id = ?');
+    this.#selectDigest = sql('SELECT 1 FROM data WHERE digest = ? LIMIT 1');
+    this.#insertUpload = sql('INSERT INTO uploads (id, domain_id, expires_at, body) VALUES (?, ?, ?, ?)');
+    this.#selectUpload = sql('SELECT id, body FROM uploads WHERE id = ?');
+    this.#selectExpired = sql(
+      'SELECT id, body FROM uploads WHERE expires_at <= ? ORDER BY expires_at, id LIMIT ?',
+    );
+    this.#deleteUpload = sql('DELETE FROM uploads WHERE id = ?');
+    this.#selectParts = sql(
+      'SELECT part_number, etag, size FROM upload_parts WHERE upload_id = ? ORDER BY part_number',
+    );
+    this.#upsertPart = sql(`
+      INSERT INTO upload_parts (upload_id, part_number, etag, size) VALUES (?, ?, ?, ?)
+      ON CONFLICT DO UPDATE SET etag = excluded.etag, size = excluded.size`);
+    this.#deleteParts = sql('DELETE FROM upload_parts WHERE upload_id = ?');
+  }
+
+  /** @throws MillraceError as {@link Store.putData} */
+  put(write: DataWrite): DataRecord {
+    const { domainId, digest, size } = write;
+    const jobId = write.lease ? this.#checkLease(write.lease, domainId) : null;
+    const now = this.#clock.now();
+    const taken = write.name === null ? undefined : this.#selectByName.get(domainId, write.name);
+    if (write.id === null && (write.name === null || write.dataType === null)) {
+      throw new MillraceError('invalid_argument', 'a new data item needs a name and a data_type');
+    }
+    let target = taken;
+    if (write.id !== null) {
+      target = this.#selectOne.get(domainId, write.id);
+      if (!target) {
+        throw new MillraceError('not_found', `data item ${write.id} does not exist in domain ${domainId}`);
+      }
+    }
+    if (taken && (taken[0] !== target?.[0] || (write.id === null && !write.replaceByName))) {
+      throw new MillraceError(
+        'already_exists',
+        `domain ${domainId} has a data item named ${JSON.stringify(write.name)}; names are unique, replace it by its id ${String(taken[0])}`,
+      );
+    }
+    if (target) {
+      const old = recordOf(target);
+      if (write.lease && write.ownOnly && this.#selectMaker.get(old.id)?.[0] !== jobId) {
+        throw new MillraceError(
+          'permission_denied',
+          `data item ${old.id} was not made by job ${jobId}, whose tasks have an outputs prefix and may replace only what it made`,
+        );
+      }
+      const name = write.name ?? old.name;
+      const dataType = write.dataType ?? old.data_type;
+      this.#update.run(name, dataType, digest, size, now, old.id);
+      return { ...old, name, data_type: dataType, digest, size, updated_at: isoTime(now) };
+    }
+    const id = write.createId ?? this.#newId();
+    const row = [id, domainId, write.name, write.dataType, size, now, now, digest];
+    this.#insert.run(...row, jobId);
+    return recordOf(row);
+  }
+
+  get(domainId: string, id: string): DataRecord | null {
+    const row = this.#selectOne.get(domainId, id);
+    return row ? recordOf(row) : null;
+  }
+
+  find({ domainId, ids, name, dataType, limit }: DataQuery): DataRecord[] {
+    let rows: (Row | undefined)[];
+    if (ids.length > 0) rows = ids.map((id) => this.#selectOne.get(domainId, id));
+    else if (name !== null) rows = [this.#selectByName.get(domainId, name)];
+    else rows = this.#selectAll.all(domainId, dataType, limit);
+    return rows
+      .flatMap((row) => (row ? [recordOf(row)] : []))
+      .filter(
+        (item) => (name === null || item.name === name) && (dataType === null || item.data_type === dataType),
+      )
+      .slice(0, limit);
+  }
+
+  delete(domainId: string, id: string): boolean {
+    return this.#delete.count(domainId, id) > 0;
+  }
+
+  unreferenced(digests: readonly string[]): string[] {
+    return digests.filter((digest) => !this.#selectDigest.get(digest));
+  }
+
+  createUpload(upload: Omit<UploadRecord, 'parts'>): void {
+    if (upload.lease) this.#checkLease(upload.lease, upload.domainId);
+    this.#insertUpload.run(upload.id, upload.domainId, upload.expiresAtMs, JSON.stringify(upload));
+  }
+
+  getUpload(domainId: string, id: string): UploadRecord | null {
+    const row = this.#selectUpload.get(id);
+    const upload = row ? this.#upload(row) : null;
+    return upload?.domainId === domainId ? upload : null;
+  }
+
+  /** @throws MillraceError `not_found` */
+  putPart(
+    uploadId: string,
+    part: { readonly partNumber: number; readonly etag: string; readonly size: number },
+  ): void {
+    if (!this.#selectUpload.get(uploadId)) {
+      throw new MillraceError('not_found', `upload ${uploadId} does not exist; it may have expired`);
+    }
+    this.#upsertPart.run(uploadId, part.partNumber, part.etag, part.size);
+  }
+
+  deleteUpload(id: string): boolean {
+    this.#deleteParts.run(id);
+    return this.#deleteUpload.count(id) > 0;
+  }
+
+  expiredUploads(limit: number): UploadRecord[] {
+    return this.#selectExpired.all(this.#clock.now(), limit).map((row) => this.#upload(row));
+  }
+
+  #upload([id, body]: Row): UploadRecord {
+    const parts = this.#selectParts.all(String(id)).map(([partNumber, etag, size]) => ({
+      partNumber: partNumber as number,
+      etag: etag as string,
+      size: size as number,
+    }));
+    return { ...(JSON.parse(String(body)) as Omit<UploadRecord, 'parts'>), parts };
+  }
+}
+
+function recordOf([id, domainId, name, dataType, size, createdAt, updatedAt, digest]: Row): DataRecord {
+  return {
+    id: id as string,
+    domain_id: domainId as string,
+    name: name as string,
+    data_type: dataType as string,
+    size: size as number,
+    created_at: isoTime(createdAt as number),
+    updated_at: isoTime(updatedAt as number),
+    digest: digest as string,
+  };
+}

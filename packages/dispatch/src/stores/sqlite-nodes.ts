@@ -1,0 +1,297 @@
+/**
+ * Nodes, their identity, nonces and settings in SQLite. Synchronous; the caller brings the transaction.
+ *
+ * Nodes are few and asked for by every lease, so all of them are kept in memory; {@link Nodes.load} reads them again after a
+ * rollback.
+ */
+import { timingSafeEqual } from 'node:crypto';
+import { MillraceError } from '@millrace/runner';
+import type { Clock, JsonObject } from '@millrace/runner';
+import type { NodeMode, NodeRecord } from '../records.ts';
+import type { NewNode, NodeRegistration, Nonce } from '../store.ts';
+import type { Database, Row, Statement } from './sqlite-database.ts';
+import type { Offer } from './matching.ts';
+import { isoTime, isoTimeOrNull } from './time.ts';
+
+/** Live nonces at once. Each is a login under way, so this bounds what strangers can make the database keep. */
+export const MAX_NONCES = 100_000;
+
+/** A node that keeps asking is noted as seen no more often than this. */
+const SEEN_EVERY_MS = 5000;
+
+/** A node as leasing needs it. Replaced as a whole when it registers again, so identity tells a change. */
+export interface Node extends Offer {
+  readonly id: string;
+  readonly name: string;
+  readonly secretHash: string;
+  readonly wallet: string | null;
+  readonly version: string | null;
+  readonly maxConcurrency: number;
+  readonly createdAt: number;
+  readonly registeredAt: number | null;
+  /** The only member that changes in place. */
+  lastSeenAt: number | null;
+}
+
+export class Nodes {
+  readonly #clock: Clock;
+  readonly #newId: () => string;
+  readonly #activeLeases: (nodeId: string) => number;
+  readonly #nodes = new Map<string, Node>();
+  readonly #wallets = new Map<string, string>();
+  #nonces = 0;
+  readonly #selectNodes: Statement;
+  readonly #insertNode: Statement;
+  readonly #register: Statement;
+  readonly #seen: Statement;
+  readonly #countNonces: Statement;
+  readonly #insertNonce: Statement;
+  readonly #selectNonce: Statement;
+  readonly #deleteNonce: Statement;
+  readonly #expireNonces: Statement;
+  readonly #selectSetting: Statement;
+  readonly #insertSetting: Statement;
+
+  constructor(
+    database: Database,
+    clock: Clock,
+    newId: () => string,
+    activeLeases: (nodeId: string) => number,
+  ) {
+    this.#clock = clock;
+    this.#newId = newId;
+    this.#activeLeases = activeLeases;
+    const sql = (text: string): Statement => database.prepare(text);
+    this.#selectNodes = sql(`
+      SELECT id, name, mode, organization_id, secret_hash, wallet, capabilities, labels, version, max_concurrency,
+             created_at, registered_at, last_seen_at
+      FROM nodes ORDER BY created_at, id`);
+    this.#insertNode = sql(
+      'INSERT INTO nodes (id, name, mode, organization_id, secret_hash, created_at) VALUES (?, ?, ?, ?, ?, ?)',
+    );
+    this.#register = sql(
+      'UPDATE nodes SET wallet = ?, capabilities = ?, labels = ?, version = ?, max_concurrency = ?, registered_at = ? WHERE id = ?',
+    );
+    this.#seen = sql('UPDATE nodes SET last_seen_at = ? WHERE id = ?');
+    this.#countNonces = sql('SELECT count(*) FROM nonces');
+    this.#insertNonce = sql('INSERT INTO nonces (nonce, body, expires_at) VALUES (?, ?, ?)');
+    this.#selectNonce = sql('SELECT body FROM nonces WHERE nonce = ?');
+    this.#deleteNonce = sql('DELETE FROM nonces WHERE nonce = ?');
+    this.#expireNonces = sql('DELETE FROM nonces WHERE expires_at <= ?');
+    this.#selectSetting = sql('SELECT value FROM settings WHERE name = ?');
+    this.#insertSetting = sql('INSERT INTO settings (name, value) VALUES (?, ?)');
+  }
+
+  /** Reads the committed state. Before the first use and after every rollback. */
+  load(): void {
+    this.#nodes.clear();
+    this.#wallets.clear();
+    for (const row of this.#selectNodes.all()) this.#keep(nodeOf(row));
+    this.#nonces = Number(this.#countNonces.get()?.[0] ?? 0);
+  }
+
+  get(id: string): Node | undefined {
+    return this.#nodes.get(id);
+  }
+
+  record(id: string): NodeRecord | null {
+    const node = this.#nodes.get(id);
+    return node ? this.#record(node) : null;
+  }
+
+  byWallet(wallet: string): NodeRecord | null {
+    const id = this.#wallets.get(wallet.toLowerCase());
+    return id === undefined ? null : this.record(id);
+  }
+
+  list(): NodeRecord[] {
+    return [...this.#nodes.values()].map((node) => this.#record(node));
+  }
+
+  create(node: NewNode): NodeRecord {
+    const id = this.#newId();
+    const now = this.#clock.now();
+    this.#insertNode.run(id, node.name, node.mode, node.organizationId, node.secretHash, now);
+    const created: Node = {
+      id,
+      name: node.name,
+      mode: node.mode,
+      organizationId: node.organizationId,
+      secretHash: node.secretHash,
+      wallet: null,
+      capabilities: [],
+      labels: {},
+      version: null,
+      maxConcurrency: 1,
+      createdAt: now,
+      registeredAt: null,
+      lastSeenAt: null,
+    };
+    this.#keep(created);
+    return this.#record(created);
+  }
+
+  /** @throws MillraceError `unauthenticated`, `already_exists`, `invalid_argument` */
+  register(registration: NodeRegistration): NodeRecord {
+    const { nodeId, capabilities, labels, version } = registration;
+    const node = this.#nodes.get(nodeId);
+    // One answer for both, so that ids cannot be probed.
+    if (!node || !sameText(node.secretHash, registration.secretHash)) {
+      throw new MillraceError(
+        'unauthenticated',
+        `node id ${nodeId} and its registration secret do not match`,
+      );
+    }
+    const wallet = registration.wallet.toLowerCase();
+    const owner = this.#wallets.get(wallet);
+    if (owner !== undefined && owner !== nodeId) {
+      throw new MillraceError(
+        'already_exists',
+        `wallet ${wallet} belongs to another node; use a key per node`,
+      );
+    }
+    const maxConcurrency = registration.maxConcurrency ?? 1;
+    if (!Number.isSafeInteger(maxConcurrency) || maxConcurrency < 1) {
+      throw new MillraceError(
+        'invalid_argument',
+        `max_concurrency must be an integer of at least 1, got ${maxConcurrency}`,
+      );
+    }
+    const now = this.#clock.now();
+    this.#register.run(
+      wallet,
+      JSON.stringify(capabilities),
+      JSON.stringify(labels),
+      version,
+      maxConcurrency,
+      now,
+      nodeId,
+    );
+    if (node.wallet !== null) this.#wallets.delete(node.wallet);
+    const registered: Node = {
+      ...node,
+      wallet,
+      capabilities: [...capabilities],
+      labels: { ...labels },
+      version,
+      maxConcurrency,
+      registeredAt: now,
+    };
+    this.#keep(registered);
+    return this.#record(registered);
+  }
+
+  /** False: nothing needs to be written now. */
+  wantsTouch(id: string): boolean {
+    const node = this.#nodes.get(id);
+    return node !== undefined && this.#clock.now() - (node.lastSeenAt ?? -Infinity) >= SEEN_EVERY_MS;
+  }
+
+  touch(id: string): void {
+    const node = this.#nodes.get(id);
+    if (!node || !this.wantsTouch(id)) return;
+    const now = this.#clock.now();
+    this.#seen.run(now, id);
+    node.lastSeenAt = now;
+  }
+
+  /** @throws MillraceError `resource_exhausted`, `already_exists` */
+  putNonce(nonce: Nonce): void {
+    if (this.#nonces >= MAX_NONCES) this.expireNonces();
+    if (this.#nonces >= MAX_NONCES) {
+      throw new MillraceError(
+        'resource_exhausted',
+        `at most ${MAX_NONCES} logins may be under way at once; try again in a minute`,
+        { retryable: true, details: { limit: 'nonces', value: MAX_NONCES } },
+      );
+    }
+    if (this.#selectNonce.get(nonce.nonce)) {
+      throw new MillraceError('already_exists', `nonce ${nonce.nonce} was given out before`);
+    }
+    this.#insertNonce.run(nonce.nonce, JSON.stringify(nonce), nonce.expiresAtMs);
+    this.#nonces += 1;
+  }
+
+  takeNonce(nonce: string): Nonce | null {
+    const row = this.#selectNonce.get(nonce);
+    if (!row) return null;
+    this.#deleteNonce.run(nonce);
+    this.#nonces -= 1;
+    const found = JSON.parse(String(row[0])) as Nonce;
+    return found.expiresAtMs > this.#clock.now() ? found : null;
+  }
+
+  expireNonces(): void {
+    if (this.#nonces > 0) this.#nonces -= this.#expireNonces.count(this.#clock.now());
+  }
+
+  setting(name: string, create: () => JsonObject): JsonObject {
+    const row = this.#selectSetting.get(name);
+    if (row) return JSON.parse(String(row[0])) as JsonObject;
+    const value = create();
+    this.#insertSetting.run(name, JSON.stringify(value));
+    return value;
+  }
+
+  #keep(node: Node): void {
+    this.#nodes.set(node.id, node);
+    if (node.wallet !== null) this.#wallets.set(node.wallet, node.id);
+  }
+
+  #record(node: Node): NodeRecord {
+    return {
+      id: node.id,
+      name: node.name,
+      mode: node.mode,
+      organization_id: node.organizationId,
+      wallet: node.wallet,
+      capabilities: node.capabilities,
+      labels: node.labels,
+      version: node.version,
+      max_concurrency: node.maxConcurrency,
+      created_at: isoTime(node.createdAt),
+      registered_at: isoTimeOrNull(node.registeredAt),
+      last_seen_at: isoTimeOrNull(node.lastSeenAt),
+      active_leases: this.#activeLeases(node.id),
+    };
+  }
+}
+
+function nodeOf(row: Row): Node {
+  const [
+    id,
+    name,
+    mode,
+    organization,
+    secret,
+    wallet,
+    capabilities,
+    labels,
+    version,
+    max,
+    created,
+    registered,
+    seen,
+  ] = row;
+  return {
+    id: id as string,
+    name: name as string,
+    mode: mode as NodeMode,
+    organizationId: organization as string,
+    secretHash: secret as string,
+    wallet: wallet as string | null,
+    capabilities: JSON.parse(capabilities as string) as string[],
+    labels: JSON.parse(labels as string) as Record<string, string>,
+    version: version as string | null,
+    maxConcurrency: max as number,
+    createdAt: created as number,
+    registeredAt: registered as number | null,
+    lastSeenAt: seen as number | null,
+  };
+}
+
+/** Compares without telling by its time how much is equal. */
+function sameText(a: string, b: string): boolean {
+  const [left, right] = [Buffer.from(a), Buffer.from(b)];
+  return left.length === right.length && timingSafeEqual(left, right);
+}

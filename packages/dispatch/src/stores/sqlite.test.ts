@@ -1,0 +1,393 @@
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { copyFileSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { createInterface } from 'node:readline';
+import { fileURLToPath } from 'node:url';
+import { DatabaseSync } from '@photostructure/sqlite';
+import { SimulatedClock, seededRandom } from '@millrace/runner/testing';
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { MAX_NONCES } from './sqlite-nodes.ts';
+import { openSqliteStore } from './sqlite.ts';
+import { DOMAIN, Scene, jobOf, refOf, storeSuite, valueOf } from './suite.ts';
+
+storeSuite('sqlite', (options) => openSqliteStore({ path: ':memory:', ...options }));
+
+describe('sqlite', () => {
+  let folder: string;
+  let path: string;
+
+  beforeEach(() => {
+    folder = mkdtempSync(join(tmpdir(), 'millrace-store-'));
+    path = join(folder, 'store.db');
+  });
+
+  afterEach(() => rmSync(folder, { recursive: true, force: true }));
+
+  const newJob = (label = 'job') => ({
+    spec: jobOf([{}], { label }),
+    organizationId: null,
+    idempotencyKey: null,
+    submitter: 'tester',
+  });
+
+  /** Counts the turns in which the store ran; each is one transaction. */
+  function countingSchedule(): { schedule: (run: () => void) => void; turns: () => number } {
+    let turns = 0;
+    return {
+      schedule: (run) => {
+        setImmediate(() => {
+          turns += 1;
+          run();
+        });
+      },
+      turns: () => turns,
+    };
+  }
+
+  test('concurrent calls share a commit', async () => {
+    const { schedule, turns } = countingSchedule();
+    await using store = await openSqliteStore({ path, schedule });
+    const scene = new Scene(store);
+    const node = await scene.node();
+    const before = turns();
+    await Promise.all(Array.from({ length: 500 }, () => scene.submit()));
+    expect(turns() - before).toBe(1);
+    const leases = (await Promise.all(Array.from({ length: 100 }, () => scene.lease(node)))).flat();
+    expect(leases).toHaveLength(100);
+    expect(turns() - before).toBe(2);
+    await Promise.all(leases.map((lease) => scene.complete(refOf(lease))));
+    expect(turns() - before).toBe(3);
+  });
+
+  test('a burst is split into transactions, so the event loop is not held for all of it', async () => {
+    const { schedule, turns } = countingSchedule();
+    await using store = await openSqliteStore({ path, schedule });
+    const big = { ...newJob(), spec: jobOf(Array.from({ length: 500 }, () => ({}))) };
+    await Promise.all(Array.from({ length: 20 }, () => store.submit([big])));
+    expect(turns()).toBe(4);
+    expect((await store.stats()).tasks.queued).toBe(10_000);
+  });
+
+  test('a promise resolves only after its commit: a copy of the files then has the row', async () => {
+    // A copy of the files is what would be found after a power cut.
+    await using store = await openSqliteStore({ path });
+    const scene = new Scene(store);
+    const jobId = await scene.submit();
+    const copy = join(folder, 'copy.db');
+    copyFileSync(path, copy);
+    copyFileSync(`${path}-wal`, `${copy}-wal`);
+    await using found = await openSqliteStore({ path: copy });
+    expect((await found.getJob(jobId))?.job.id).toBe(jobId);
+  });
+
+  test('everything is there again after closing and opening', async () => {
+    const clock = new SimulatedClock();
+    const open = () => openSqliteStore({ path, clock, random: seededRandom(3) });
+    let lease;
+    let before;
+    let jobId;
+    {
+      await using store = await open();
+      const scene = new Scene(store);
+      const node = await scene.node();
+      jobId = await scene.submit([{ label: 'a' }, { label: 'b' }, { label: 'c' }], {
+        edges: [{ from: 'a', to: 'c' }],
+      });
+      lease = await scene.take(node);
+      before = { job: await scene.job(jobId), stats: await store.stats(), nodes: await store.listNodes() };
+    }
+    await using store = await open();
+    const scene = new Scene(store);
+    expect({
+      job: await scene.job(jobId),
+      stats: await store.stats(),
+      nodes: await store.listNodes(),
+    }).toEqual(before);
+    const node = lease.task.reserved_by!;
+    expect((await scene.lease(node, 9)).map(({ task }) => task.label)).toEqual(['b']);
+    expect(await scene.complete(refOf(lease))).toBe('ok');
+    expect((await scene.lease(node, 9)).map(({ task }) => task.label)).toEqual(['c']);
+  });
+
+  describe('what was acknowledged survives a SIGKILL', () => {
+    test('of the process that acknowledged it', async () => {
+      // Submits for ever and tells each job id on stdout once it is acknowledged.
+      const program = `
+        const { openSqliteStore } = await import(process.argv[1]);
+        const store = await openSqliteStore({ path: process.argv[2] });
+        const job = JSON.parse(process.argv[3]);
+        for (;;) {
+          const answers = await Promise.all(Array.from({ length: 20 }, () => store.submit([job])));
+          process.stdout.write(answers.map(([answer]) => answer.value.jobId + '\\n').join(''));
+        }`;
+      const module = fileURLToPath(new URL('./sqlite.js', import.meta.url));
+      const child = spawn(
+        process.execPath,
+        ['--input-type=module', '--eval', program, module, path, JSON.stringify(newJob())],
+        { stdio: ['ignore', 'pipe', 'inherit'] },
+      );
+      const told: string[] = [];
+      const lines = createInterface({ input: child.stdout });
+      lines.on('line', (line) => {
+        told.push(line);
+        if (told.length === 500) child.kill('SIGKILL');
+      });
+      await once(child, 'close');
+      expect(child.signalCode).toBe('SIGKILL');
+      expect(told.length).toBeGreaterThanOrEqual(500);
+      await using store = await openSqliteStore({ path });
+      // The last line may have been cut off.
+      for (const id of told.filter((line) => line.length === 36)) {
+        expect((await store.getJob(id))?.tasks).toHaveLength(1);
+      }
+      const jobs = (await store.stats()).jobs.pending;
+      expect(jobs).toBeGreaterThanOrEqual(told.length - 1);
+    }, 30_000);
+  });
+
+  test('a second process is refused by name, and may come when the first has gone', async () => {
+    const program = `
+      const { openSqliteStore } = await import(process.argv[1]);
+      try {
+        await (await openSqliteStore({ path: process.argv[2] }))[Symbol.asyncDispose]();
+        process.stdout.write('opened');
+      } catch (error) {
+        process.stdout.write(error.code + ': ' + error.message);
+      }`;
+    const module = fileURLToPath(new URL('./sqlite.js', import.meta.url));
+    const tryOpen = async (): Promise<string> => {
+      const child = spawn(process.execPath, ['--input-type=module', '--eval', program, module, path], {
+        stdio: ['ignore', 'pipe', 'inherit'],
+      });
+      let text = '';
+      child.stdout.on('data', (chunk: Buffer) => (text += chunk.toString()));
+      await once(child, 'close');
+      return text;
+    };
+    {
+      await using store = await openSqliteStore({ path });
+      const refusal = await tryOpen();
+      expect(refusal).toContain('failed_precondition');
+      expect(refusal).toContain(path);
+      // The one who was first is not disturbed.
+      await new Scene(store).submit();
+    }
+    expect(await tryOpen()).toBe('opened');
+  }, 30_000);
+
+  /** Changes the database file behind the store's back. */
+  function tamper(sql: string): void {
+    const database = new DatabaseSync(path);
+    database.exec(sql);
+    database.close();
+  }
+
+  const refusal = async (): Promise<{ code: string; message: string }> => {
+    try {
+      const store = await openSqliteStore({ path });
+      await store[Symbol.asyncDispose]();
+      return { code: 'ok', message: '' };
+    } catch (error) {
+      return error as { code: string; message: string };
+    }
+  };
+
+  test('a database of a newer version is refused, and left as it is', async () => {
+    await (await openSqliteStore({ path }))[Symbol.asyncDispose]();
+    tamper("INSERT INTO migrations VALUES (9999, '9999-future.sql', 'x', 0)");
+    expect(await refusal()).toMatchObject({
+      code: 'failed_precondition',
+      message: expect.stringMatching(/newer Millrace.*9999-future/),
+    });
+    tamper('DELETE FROM migrations WHERE id = 9999');
+    expect((await refusal()).code).toBe('ok');
+  });
+
+  test('a database with another form of a migration is refused', async () => {
+    await (await openSqliteStore({ path }))[Symbol.asyncDispose]();
+    tamper("UPDATE migrations SET checksum = 'x' WHERE id = 1");
+    expect(await refusal()).toMatchObject({
+      code: 'failed_precondition',
+      message: expect.stringContaining('0001-initial.sql'),
+    });
+  });
+
+  test.each([
+    ['another program', 'CREATE TABLE theirs (a)'],
+    ['another kind', 'PRAGMA application_id = 42'],
+  ])('a database of %s is refused', async (_, sql) => {
+    tamper(sql);
+    expect(await refusal()).toMatchObject({
+      code: 'failed_precondition',
+      message: expect.stringContaining('not a Millrace database'),
+    });
+  });
+
+  test('a file that is no database, and a folder that does not exist, are refused', async () => {
+    writeFileSync(path, 'hello, this is no database at all, just some text in a file'.repeat(50));
+    expect(await refusal()).toMatchObject({
+      code: 'failed_precondition',
+      message: expect.stringContaining('not a Millrace database'),
+    });
+    path = join(folder, 'missing', 'store.db');
+    expect(await refusal()).toMatchObject({ code: 'unavailable', message: expect.stringContaining(path) });
+  });
+
+  test('on a full disk nothing is acknowledged, nothing is half there, and the store goes on', async () => {
+    await using store = await openSqliteStore({ path, maxBytes: 700 * 1024 });
+    const scene = new Scene(store);
+    const node = await scene.node();
+    const kept: string[] = [];
+    let full: unknown;
+    const filler = 'x'.repeat(20_000);
+    for (let index = 0; index < 200 && full === undefined; index += 1) {
+      const [one, two] = await Promise.allSettled([
+        scene.submit([{ meta: filler }]),
+        scene.submit([{ meta: filler }]),
+      ]);
+      // They shared a transaction, so they share its fate.
+      expect(one.status).toBe(two.status);
+      if (one.status === 'fulfilled') kept.push(one.value);
+      else full = one.reason;
+      if (two.status === 'fulfilled') kept.push(two.value);
+    }
+    expect(full).toMatchObject({ code: 'resource_exhausted', retryable: true });
+    expect(String(full)).toContain(path);
+    expect(kept.length).toBeGreaterThan(5);
+    const { items } = await store.listJobs({
+      domainId: DOMAIN,
+      status: null,
+      capabilities: [],
+      matchAllCapabilities: false,
+      limit: 100,
+      cursor: null,
+    });
+    expect(new Set(items.map(({ job }) => job.id))).toEqual(new Set(kept));
+    expect((await store.stats()).tasks.queued).toBe(kept.length);
+    // Making room helps, and what was there works.
+    for (const id of kept.splice(0, 5)) expect(await store.deleteJob(id)).toBe(true);
+    const lease = await scene.take(node);
+    expect(lease.task.job_id).toBe(kept[0]);
+    expect(await scene.complete(refOf(lease))).toBe('ok');
+    await scene.submit();
+  });
+
+  test('an operation that breaks half way is undone, and those it shared a transaction with are not', async () => {
+    await using store = await openSqliteStore({ path });
+    const scene = new Scene(store);
+    const upload = {
+      id: 'same',
+      domainId: DOMAIN,
+      name: 'n',
+      dataType: 't',
+      size: null,
+      existingId: null,
+      dataId: 'd',
+      partSize: 1,
+      expiresAtMs: 1,
+      lease: null,
+    };
+    await store.createUpload(upload);
+    const [first, broken, second] = await Promise.allSettled([
+      scene.submit([{}], { label: 'first' }),
+      // The id is taken, which only the database notices.
+      store.createUpload(upload),
+      scene.submit([{}], { label: 'second' }),
+    ]);
+    expect([first.status, broken.status, second.status]).toEqual(['fulfilled', 'rejected', 'fulfilled']);
+    expect((await store.stats()).jobs.pending).toBe(2);
+    const jobId = first.status === 'fulfilled' ? first.value : '';
+    expect((await store.events(jobId, 0, 10))?.map(({ seq }) => seq)).toEqual([1, 2]);
+    expect(await scene.lease(await scene.node(), 9)).toHaveLength(2);
+  });
+
+  test('the same seed gives the same history, ids included', async () => {
+    const run = async (file: string): Promise<unknown> => {
+      const clock = new SimulatedClock();
+      await using store = await openSqliteStore({
+        path: join(folder, file),
+        clock,
+        random: seededRandom(11),
+        schedule: (work) => queueMicrotask(work),
+      });
+      const scene = new Scene(store);
+      const { id: node } = await store.createNode({
+        name: 'n',
+        mode: 'public',
+        organizationId: 'o',
+        secretHash: 's',
+      });
+      await store.registerNode({
+        nodeId: node,
+        secretHash: 's',
+        wallet: '0x1',
+        capabilities: ['/test/work/v1'],
+        labels: {},
+        version: '1.0.0',
+        maxConcurrency: 9,
+      });
+      const jobId = await scene.submit([{ label: 'a' }, { label: 'b' }]);
+      const [a] = await scene.lease(node, 2);
+      await scene.fail(refOf(a!));
+      clock.jumpWallClock(16_000);
+      await store.sweep();
+      return [await scene.job(jobId), await store.events(jobId, 0, 100)];
+    };
+    expect(await run('one.db')).toEqual(await run('two.db'));
+  });
+
+  test('a hundred thousand live nonces are kept, one more is refused until some expire', async () => {
+    const clock = new SimulatedClock();
+    const nonce = (text: string) => ({
+      nonce: text,
+      wallet: '0x1',
+      domain: 'd',
+      uri: 'u',
+      chainId: 1,
+      issuedAt: '',
+      expiresAtMs: clock.now() + 1000,
+    });
+    await (await openSqliteStore({ path, clock }))[Symbol.asyncDispose]();
+    tamper(`
+      WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ${MAX_NONCES - 1})
+      INSERT INTO nonces SELECT 'n' || i, '{}', ${clock.now() + 1000} FROM n`);
+    await using store = await openSqliteStore({ path, clock });
+    await store.putNonce(nonce('last'));
+    await expect(store.putNonce(nonce('too many'))).rejects.toMatchObject({
+      code: 'resource_exhausted',
+      message: expect.stringContaining(String(MAX_NONCES)),
+    });
+    expect(await store.takeNonce('last')).not.toBeNull();
+    await store.putNonce(nonce('room again'));
+    await expect(store.putNonce(nonce('too many'))).rejects.toMatchObject({ code: 'resource_exhausted' });
+    clock.jumpWallClock(1000);
+    await store.putNonce(nonce('later'));
+    expect(await store.takeNonce('room again')).toBeNull();
+    expect(await store.takeNonce('later')).not.toBeNull();
+  });
+
+  test('a job of ten thousand tasks is submitted, run and read', async () => {
+    await using store = await openSqliteStore({ path });
+    const scene = new Scene(store);
+    const node = await scene.node({ max: 10_000 });
+    const tasks = Array.from({ length: 10_000 }, (_, index) => ({ label: `t${index}`, stage: 'all' }));
+    const jobId = await scene.submit([...tasks, { label: 'end', stage: 'end', inputs_cids: ['stage:all'] }], {
+      edges: [{ from: 'all', to: 'end' }],
+    });
+    for (let done = 0; done < 10_000; done += 1000) {
+      const leases = await scene.lease(node, 1000);
+      const items = leases.map((lease) => ({ ...refOf(lease), outputCids: [lease.task.label], meta: null }));
+      for (const outcome of await store.complete(items)) valueOf(outcome);
+    }
+    const end = await scene.take(node);
+    expect(end.task.inputs_cids).toHaveLength(10_000);
+    expect(end.task.inputs_cids[9999]).toBe('t9999');
+    await scene.complete(refOf(end));
+    const { job, tasks_summary, receipts } = await scene.job(jobId);
+    expect(job.status).toBe('completed');
+    expect(tasks_summary.completed).toBe(10_001);
+    expect(receipts).toHaveLength(10_001);
+  }, 60_000);
+});

@@ -1,0 +1,367 @@
+/**
+ * The store for one machine: SQLite in WAL mode with full sync, one process, one writer. Concurrent calls share commits
+ * (`group-commit.ts`); the rules are in `lifecycle.ts`, their rows in `sqlite-work.ts`.
+ *
+ * Reads answer at once from the committed state: operations run synchronously from BEGIN to COMMIT, so between two turns of
+ * the event loop there is nothing else to see. With clock, random source and schedule given, everything is deterministic.
+ */
+import { MillraceError, systemClock } from '@millrace/runner';
+import type { Clock, JsonObject, Logger, Random } from '@millrace/runner';
+import { DEFAULT_BACKOFF } from '../lifecycle.ts';
+import type { Backoff } from '../lifecycle.ts';
+import type {
+  BusyNode,
+  DataRecord,
+  JobDetail,
+  JobEvent,
+  JobRecord,
+  NodeMode,
+  NodeRecord,
+  TaskRecord,
+} from '../records.ts';
+import type {
+  CompleteItem,
+  DataQuery,
+  DataWrite,
+  FailItem,
+  HeartbeatAnswer,
+  HeartbeatItem,
+  LeaseAnswer,
+  LeaseRequest,
+  ListJobsQuery,
+  NewJob,
+  NewNode,
+  NodeRegistration,
+  Nonce,
+  Outcome,
+  ReleaseItem,
+  Store,
+  StoreChange,
+  StoreStats,
+  SweepAnswer,
+  UploadRecord,
+} from '../store.ts';
+import { GroupCommit, closedError } from './group-commit.ts';
+import type { Schedule, Transaction } from './group-commit.ts';
+import { uuidV7 } from './ids.ts';
+import { Data } from './sqlite-data.ts';
+import { Database } from './sqlite-database.ts';
+import { Nodes } from './sqlite-nodes.ts';
+import { SWEEP_TASKS, Work } from './sqlite-work.ts';
+
+export interface SqliteStoreOptions {
+  /** The database file, created when absent; `:memory:` for one that ends with the process. */
+  readonly path: string;
+  /** Default: the machine's. */
+  readonly clock?: Clock;
+  /** Default: `Math.random`. Ids and backoff come from it; neither is a secret. */
+  readonly random?: Random;
+  /** Runs the next transaction. Default `setImmediate`; simulations give a microtask. */
+  readonly schedule?: Schedule;
+  /** How long a lease lives without a heartbeat. Default 15,000 ms. */
+  readonly leaseTtlMs?: number;
+  /** How long heartbeats keep a cancelled lease alive after the request. Default 60,000 ms. */
+  readonly cancelGraceMs?: number;
+  /** Between the attempts of a task. Default: up to 1 s after the first, doubling, at most 60 s. */
+  readonly backoff?: Backoff;
+  /** The database file may grow to this many bytes; then writes are refused as on a full disk. Default: unbounded. */
+  readonly maxBytes?: number;
+  readonly log?: Logger;
+}
+
+/**
+ * Opens or creates the database, applies missing migrations and takes the file for this process.
+ *
+ * @throws MillraceError `failed_precondition` when another process has the file open, it is not a Millrace database or
+ * a newer Millrace wrote it; `unavailable` when it cannot be opened.
+ */
+export function openSqliteStore(options: SqliteStoreOptions): Promise<Store> {
+  // Asynchronous by contract: another store has to connect. Errors reject like everywhere else.
+  return new Promise((resolve) => resolve(new SqliteStore(options)));
+}
+
+/** Jobs one stretch of a filtered listing looks at before it lets others run. */
+const LIST_SPAN = 2000;
+
+class SqliteStore implements Store {
+  readonly #database: Database;
+  readonly #work: Work;
+  readonly #nodes: Nodes;
+  readonly #data: Data;
+  readonly #group: GroupCommit;
+  readonly #schedule: Schedule;
+  readonly #log: Logger | undefined;
+  readonly #listeners = new Set<(change: StoreChange) => void>();
+  /** The memory does not match the tables: a rollback happened. */
+  #stale = true;
+  #open = true;
+  #closing: Promise<void> | null = null;
+
+  constructor(options: SqliteStoreOptions) {
+    const clock = options.clock ?? systemClock;
+    const random = options.random ?? Math.random;
+    const newId = uuidV7(clock, random);
+    this.#log = options.log;
+    this.#schedule = options.schedule ?? ((run) => void setImmediate(run));
+    this.#database = new Database(options.path, clock.now(), options.maxBytes);
+    this.#work = new Work(this.#database, {
+      clock,
+      random,
+      newId,
+      leaseTtlMs: options.leaseTtlMs ?? 15_000,
+      cancelGraceMs: options.cancelGraceMs ?? 60_000,
+      backoff: options.backoff ?? DEFAULT_BACKOFF,
+      node: (id) => this.#nodes.get(id),
+    });
+    this.#nodes = new Nodes(this.#database, clock, newId, (nodeId) => this.#work.activeLeases(nodeId));
+    this.#data = new Data(this.#database, clock, newId, (ref, domainId) =>
+      this.#work.checkLease(ref, domainId),
+    );
+    this.#group = new GroupCommit(this.#transaction(), this.#schedule);
+    this.#refresh();
+  }
+
+  submit(jobs: readonly NewJob[]): Promise<Outcome<{ readonly jobId: string; readonly created: boolean }>[]> {
+    const tasks = jobs.reduce((sum, job) => sum + job.spec.tasks.length, 0);
+    return this.#group.run(tasks, () => this.#work.submit(jobs));
+  }
+
+  getJob(id: string): Promise<JobDetail | null> {
+    return this.#read(() => this.#work.getJob(id));
+  }
+
+  getTask(id: string): Promise<TaskRecord | null> {
+    return this.#read(() => this.#work.getTask(id));
+  }
+
+  async listJobs(query: ListJobsQuery): ReturnType<Store['listJobs']> {
+    let before = parseCursor(query.cursor);
+    const items: Awaited<ReturnType<Store['listJobs']>>['items'][number][] = [];
+    for (;;) {
+      const left = query.limit - items.length;
+      const stretch = await this.#read(() => this.#work.listJobs(query, before, LIST_SPAN, left));
+      for (const { job, tasks_summary } of stretch.items) items.push({ job, tasks_summary });
+      if (stretch.next === null) return { items, nextCursor: null };
+      if (items.length >= query.limit) return { items, nextCursor: String(stretch.next) };
+      before = stretch.next;
+      // A filter that matches little looks at many jobs: let others run in between.
+      await new Promise<void>((resolve) => this.#schedule(resolve));
+    }
+  }
+
+  cancelJob(id: string): Promise<JobRecord | null> {
+    return this.#group.run(1, () => this.#work.cancelJob(id));
+  }
+
+  deleteJob(id: string): Promise<boolean> {
+    return this.#group.run(1, () => this.#work.deleteJob(id));
+  }
+
+  events(jobId: string, after: number, limit: number): Promise<readonly JobEvent[] | null> {
+    return this.#read(() => this.#work.events(jobId, after, limit));
+  }
+
+  lease(requests: readonly LeaseRequest[]): Promise<Outcome<LeaseAnswer>[]> {
+    const weight = requests.reduce((sum, request) => sum + Math.max(1, request.max), 0);
+    return this.#group.run(weight, () => this.#work.lease(requests));
+  }
+
+  heartbeat(items: readonly HeartbeatItem[]): Promise<Outcome<HeartbeatAnswer>[]> {
+    return this.#group.run(items.length, () => this.#work.heartbeat(items));
+  }
+
+  complete(items: readonly CompleteItem[]): Promise<Outcome<{ readonly leaseId: string }>[]> {
+    return this.#group.run(items.length, () => this.#work.complete(items));
+  }
+
+  fail(items: readonly FailItem[]): Promise<Outcome<{ readonly leaseId: string }>[]> {
+    return this.#group.run(items.length, () => this.#work.fail(items));
+  }
+
+  release(items: readonly ReleaseItem[]): Promise<Outcome<{ readonly leaseId: string }>[]> {
+    return this.#group.run(items.length, () => this.#work.release(items));
+  }
+
+  canceledLeases(nodeId: string, leaseIds: readonly string[]): Promise<readonly string[]> {
+    return this.#read(() => this.#work.canceledLeases(nodeId, leaseIds));
+  }
+
+  async sweep(): Promise<SweepAnswer> {
+    let rescued = 0;
+    for (;;) {
+      const part = await this.#group.run(SWEEP_TASKS, () => {
+        this.#nodes.expireNonces();
+        return this.#work.sweep();
+      });
+      rescued += part.rescued;
+      if (!part.more) break;
+    }
+    return { rescued, nextAtMs: await this.#read(() => this.#work.nextWake()) };
+  }
+
+  createNode(node: NewNode): Promise<NodeRecord> {
+    return this.#group.run(1, () => this.#nodes.create(node));
+  }
+
+  registerNode(registration: NodeRegistration): Promise<NodeRecord> {
+    return this.#group.run(1, () => this.#nodes.register(registration));
+  }
+
+  getNode(id: string): Promise<NodeRecord | null> {
+    return this.#read(() => this.#nodes.record(id));
+  }
+
+  findNodeByWallet(wallet: string): Promise<NodeRecord | null> {
+    return this.#read(() => this.#nodes.byWallet(wallet));
+  }
+
+  async touchNode(id: string): Promise<void> {
+    if (await this.#read(() => this.#nodes.wantsTouch(id)))
+      await this.#group.run(1, () => this.#nodes.touch(id));
+  }
+
+  listNodes(): Promise<readonly NodeRecord[]> {
+    return this.#read(() => this.#nodes.list());
+  }
+
+  busyNodes(mode: NodeMode | 'all'): Promise<readonly BusyNode[]> {
+    return this.#read(() => this.#work.busyNodes(mode));
+  }
+
+  putNonce(nonce: Nonce): Promise<void> {
+    return this.#group.run(1, () => this.#nodes.putNonce(nonce));
+  }
+
+  takeNonce(nonce: string): Promise<Nonce | null> {
+    return this.#group.run(1, () => this.#nodes.takeNonce(nonce));
+  }
+
+  setting(name: string, create: () => JsonObject): Promise<JsonObject> {
+    return this.#group.run(1, () => this.#nodes.setting(name, create));
+  }
+
+  putData(write: DataWrite): Promise<DataRecord> {
+    return this.#group.run(1, () => this.#data.put(write));
+  }
+
+  getData(domainId: string, id: string): Promise<DataRecord | null> {
+    return this.#read(() => this.#data.get(domainId, id));
+  }
+
+  findData(query: DataQuery): Promise<readonly DataRecord[]> {
+    return this.#read(() => this.#data.find(query));
+  }
+
+  deleteData(domainId: string, id: string): Promise<boolean> {
+    return this.#group.run(1, () => this.#data.delete(domainId, id));
+  }
+
+  createUpload(upload: Omit<UploadRecord, 'parts'>): Promise<void> {
+    return this.#group.run(1, () => this.#data.createUpload(upload));
+  }
+
+  getUpload(domainId: string, id: string): Promise<UploadRecord | null> {
+    return this.#read(() => this.#data.getUpload(domainId, id));
+  }
+
+  putPart(
+    uploadId: string,
+    part: { readonly partNumber: number; readonly etag: string; readonly size: number },
+  ): Promise<void> {
+    return this.#group.run(1, () => this.#data.putPart(uploadId, part));
+  }
+
+  deleteUpload(id: string): Promise<boolean> {
+    return this.#group.run(1, () => this.#data.deleteUpload(id));
+  }
+
+  expiredUploads(limit: number): Promise<readonly UploadRecord[]> {
+    return this.#read(() => this.#data.expiredUploads(limit));
+  }
+
+  unreferencedDigests(digests: readonly string[]): Promise<readonly string[]> {
+    return this.#read(() => this.#data.unreferenced(digests));
+  }
+
+  stats(): Promise<StoreStats> {
+    return this.#read(() => this.#work.stats());
+  }
+
+  subscribe(listener: (change: StoreChange) => void): Disposable {
+    // A wrapper per subscription: the same function may be subscribed twice.
+    const entry = (change: StoreChange): void => listener(change);
+    this.#listeners.add(entry);
+    return { [Symbol.dispose]: () => void this.#listeners.delete(entry) };
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return (this.#closing ??= this.#group.close().then(() => {
+      this.#open = false;
+      this.#listeners.clear();
+      this.#database.close();
+    }));
+  }
+
+  #read<T>(work: () => T): Promise<T> {
+    return new Promise((resolve) => {
+      if (!this.#open) throw closedError();
+      this.#refresh();
+      resolve(work());
+    });
+  }
+
+  #refresh(): void {
+    if (!this.#stale) return;
+    this.#work.load();
+    this.#nodes.load();
+    this.#stale = false;
+  }
+
+  #transaction(): Transaction {
+    const database = this.#database;
+    return {
+      begin: () => {
+        this.#refresh();
+        database.exec('BEGIN IMMEDIATE');
+      },
+      commit: () => {
+        this.#work.flush();
+        database.exec('COMMIT');
+      },
+      rollback: () => {
+        // Read again at the next use: the disk may just have failed.
+        this.#stale = true;
+        database.rollback();
+      },
+      get writes() {
+        return database.writes;
+      },
+      storageError: (error) => database.storageError(error),
+      committed: () => {
+        for (const change of this.#work.takeChanges()) this.#tell(change);
+      },
+    };
+  }
+
+  #tell(change: StoreChange): void {
+    for (const listener of this.#listeners) {
+      try {
+        listener(change);
+      } catch (error) {
+        // The change is committed; a listener that cannot cope must not make it look otherwise.
+        this.#log?.error('store listener failed', { kind: change.kind, error: String(error) });
+      }
+    }
+  }
+}
+
+function parseCursor(cursor: string | null): number | null {
+  if (cursor === null) return null;
+  if (!/^[1-9]\d{0,14}$/.test(cursor)) {
+    throw new MillraceError(
+      'invalid_argument',
+      `cursor must be one a listing returned, got ${JSON.stringify(cursor.slice(0, 100))}`,
+    );
+  }
+  return Number(cursor);
+}
