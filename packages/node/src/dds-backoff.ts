@@ -1,0 +1,19 @@
+/** How long to wait before DDS is asked again. */
+import { MillraceError, type Random } from '@millrace/runner';
+
+const LONGEST_MS = 60_000;
+const LONGEST_RETRY_AFTER_MS = 600_000;
+
+/**
+ * After the n-th failure in a row (n >= 1) that may pass by itself: `min(2^n, 60)` seconds times a uniform factor from
+ * 0.8 to 1.2, so about 2, 4, 8, 16, 32, 60, 60 ... (the reference node's registration figures).
+ */
+export function transientBackoffMs(failuresInARow: number, random: Random): number {
+  return Math.min(2 ** failuresInARow * 1000, LONGEST_MS) * (0.8 + 0.4 * random());
+}
+
+/** What the service asked for in `Retry-After`, at most ten minutes; 0 when it did not. */
+export function retryAfterOf(error: unknown): number {
+  const asked = MillraceError.is(error) ? error.details['retry_after_ms'] : undefined;
+  return typeof asked === 'number' ? Math.min(asked, LONGEST_RETRY_AFTER_MS) : 0;
+}

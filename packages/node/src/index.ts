@@ -1,0 +1,10 @@
+export { createNode } from './node.ts';
+export type { ComputeNode, NodeOptions, NodeState } from './node.ts';
+export { RunnerRouter } from './router.ts';
+export type { RunnerRegistration } from './router.ts';
+export { describeConfig, parseNodeEnv } from './config.ts';
+export type { ConfigEntry, Env, NodeConfig } from './config.ts';
+export { createLogger } from './log.ts';
+export type { LoggerOptions } from './log.ts';
+export { noopMetrics, prometheusMetrics } from './metrics.ts';
+export type { MetricsBackend, PrometheusMetrics, TaskOutcome } from './metrics.ts';

@@ -1,0 +1,195 @@
+/** The one message that ends a lease: what it says, and how it is delivered. */
+import {
+  MillraceError,
+  describeError,
+  sleep,
+  type Clock,
+  type LeaseEnvelope,
+  type Logger,
+  type Random,
+} from '@millrace/runner';
+import type { ArtifactReport, Dms, EndingReport, LeaseHandle } from '@millrace/dispatch/client';
+import { attemptTimeoutMs, backoffMs, callWithin, isBodyRefused, isLeaseGone } from './retry.ts';
+
+/** The longest `reason`, bytes of UTF-8; the bound newer posemesh nodes keep. */
+export const MAX_REASON_BYTES = 4096;
+
+/** How far setup got: the wire's own words. */
+export type SetupStage = 'start_session' | 'initial_heartbeat' | 'build_ports';
+
+export type Report =
+  | {
+      readonly kind: 'complete';
+      readonly body: { readonly output_cids: readonly string[]; readonly meta: EndingReport };
+    }
+  | {
+      readonly kind: 'fail';
+      readonly body: {
+        readonly reason: string;
+        readonly details: EndingReport | { readonly stage: SetupStage; readonly error: string };
+      };
+    }
+  | { readonly kind: 'release'; readonly reason: 'shutdown' | 'canceled' };
+
+export function completeReport(lease: LeaseEnvelope, artifacts: readonly ArtifactReport[]): Report {
+  const output_cids = artifacts.flatMap(({ id }) => (id === null ? [] : [id]));
+  return { kind: 'complete', body: { output_cids, meta: endingReport(lease, artifacts) } };
+}
+
+/** The runner was entered and failed, with the messages of the error and its causes. */
+export function runnerFailedReport(
+  lease: LeaseEnvelope,
+  artifacts: readonly ArtifactReport[],
+  error: unknown,
+): Report {
+  const prefix = 'runner failed: ';
+  const reason = prefix + describeError(error, MAX_REASON_BYTES - prefix.length);
+  const details = endingReport(lease, artifacts);
+  return {
+    kind: 'fail',
+    body: { reason, details: isFinal(error) ? { ...details, retryable: false } : details },
+  };
+}
+
+/** The first heartbeat changed the task to one no runner here can do. */
+export function noRunnerReport(lease: LeaseEnvelope): Report {
+  return {
+    kind: 'fail',
+    body: {
+      reason: `no runner registered for capability: ${lease.task.capability}`,
+      details: endingReport(lease, []),
+    },
+  };
+}
+
+/** The node's own fault, before the runner was entered. */
+export function setupFailedReport(stage: SetupStage, error: unknown): Report {
+  return {
+    kind: 'fail',
+    body: {
+      reason: 'node_setup_failed',
+      details: { stage, error: describeError(error, MAX_REASON_BYTES) },
+    },
+  };
+}
+
+function endingReport(lease: LeaseEnvelope, artifacts: readonly ArtifactReport[]): EndingReport {
+  const { task } = lease;
+  return {
+    job: {
+      task_id: task.id,
+      job_id: task.job_id,
+      domain_id: lease.domain_id,
+      capability: task.capability,
+    },
+    artifacts: artifacts.map(({ logical_path, name, data_type, id }) => ({
+      logical_path,
+      name,
+      data_type,
+      id,
+    })),
+  };
+}
+
+/**
+ * Whether another attempt would end the same way. Ours say so by their code (their `retryable` is about the same call,
+ * not about another attempt on another node), other errors by a `retryable` that is false.
+ */
+function isFinal(error: unknown): boolean {
+  if (MillraceError.is(error)) return error.code === 'invalid_argument' || error.code === 'unimplemented';
+  return (
+    typeof error === 'object' && error !== null && (error as { retryable?: unknown }).retryable === false
+  );
+}
+
+/**
+ * - `accepted` the dispatcher has it
+ * - `refused` the lease is gone (404, 409, 410), or no form of it will ever be taken; nothing more is to be sent
+ * - `unsent` not delivered before the lease's deadline; it will lapse
+ */
+export type Delivery = 'accepted' | 'refused' | 'unsent';
+
+export interface DeliveryOptions {
+  readonly dms: Dms;
+  readonly lease: LeaseHandle;
+  /** When the lease is over, monotonic; asked again each time, since heartbeats go on extending it meanwhile. */
+  readonly deadline: () => number;
+  readonly requestTimeoutMs: number;
+  readonly clock: Clock;
+  readonly random: Random;
+  readonly log: Logger;
+  /** Gives up. */
+  readonly signal: AbortSignal;
+}
+
+const RETRY = { baseMs: 200, capMs: 5_000 };
+
+/** Sends a report until it is answered or the lease is over; tried once even after that. Never rejects. */
+export async function deliver(report: Report, options: DeliveryOptions): Promise<Delivery> {
+  const { clock, random, log, signal } = options;
+  for (let failures = 1; ; failures += 1) {
+    const leftMs = options.deadline() - clock.monotonic();
+    try {
+      await callWithin(
+        clock,
+        attemptTimeoutMs(leftMs, options.requestTimeoutMs),
+        report.kind,
+        (callSignal) => send(report, options.dms, options.lease, callSignal),
+        signal,
+      );
+      return 'accepted';
+    } catch (error) {
+      if (signal.aborted) return 'unsent';
+      if (isLeaseGone(error)) {
+        log.warn('the dispatcher says the lease is gone', {
+          report: report.kind,
+          error: describeError(error),
+        });
+        return 'refused';
+      }
+      if (isBodyRefused(error) || (MillraceError.is(error) && error.code === 'unimplemented')) {
+        log.error('the dispatcher refused the report', { report: report.kind, error: describeError(error) });
+        return report.kind === 'complete'
+          ? await deliver(refusedCompletion(report, error), options)
+          : 'refused';
+      }
+      const pauseMs = backoffMs(failures, RETRY, random, error);
+      const stillLeftMs = options.deadline() - clock.monotonic();
+      log.warn('the report did not arrive', {
+        report: report.kind,
+        error: describeError(error),
+        failures,
+        lease_left_ms: Math.round(stillLeftMs),
+      });
+      if (pauseMs >= stillLeftMs) return 'unsent';
+      try {
+        await sleep(clock, pauseMs, signal);
+      } catch {
+        return 'unsent';
+      }
+    }
+  }
+}
+
+async function send(report: Report, dms: Dms, lease: LeaseHandle, signal: AbortSignal): Promise<void> {
+  switch (report.kind) {
+    case 'complete':
+      return await dms.complete(lease, report.body, { signal });
+    case 'fail':
+      return await dms.fail(lease, report.body, { signal });
+    case 'release':
+      return await dms.release(lease, report.reason, { signal });
+  }
+}
+
+/** Silence would let the lease lapse and the work be done again, for nobody to learn why. */
+function refusedCompletion(report: Report & { kind: 'complete' }, error: unknown): Report {
+  const prefix = 'completion refused by the dispatcher: ';
+  return {
+    kind: 'fail',
+    body: {
+      reason: prefix + describeError(error, MAX_REASON_BYTES - prefix.length),
+      details: { job: report.body.meta.job, artifacts: [] },
+    },
+  };
+}

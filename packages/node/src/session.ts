@@ -1,0 +1,550 @@
+/**
+ * One lease, from grant to its exactly one ending.
+ *
+ * A session is in one of these states and moves only along the arrows:
+ *
+ * - **granted**: the lease is ours, nothing has happened. Without a runner for it, or when it is cancelled already,
+ *   it goes to *reporting*. If the server counts the task as running from the lease on, it goes to *running*;
+ *   else to *starting*.
+ * - **starting**: the first heartbeat is on its way. Its answer may change the task, cancel it, or say that the lease
+ *   is gone. → *running*, *reporting*
+ * - **running**: the runner was entered. → *stopping* when something ends the work, *settled* when the runner is done
+ * - **stopping**: the signal has aborted and the runner has not settled yet; the lease is kept alive meanwhile.
+ *   → *settled* however the runner settles; *ended* when the node gives up on it at the end of its shutdown
+ * - **settled**: the verdict stands, the ports are closed, the last progress and events are sent. → *reporting*
+ * - **reporting**: one complete, fail or release is being delivered, or there is nothing to report. → *ended*
+ * - **ended**: heartbeats have stopped, the work folder is gone.
+ *
+ * The verdict is the first of: the runner resolving, the runner rejecting, an abort. Later ones change nothing: a
+ * completion that came before a cancel is a completion, and a runner that still succeeds after its abort was aborted.
+ *
+ *     completed            complete
+ *     failed               fail, `runner failed: …`
+ *     deadline, limit      fail, naming the limit
+ *     canceled             release `canceled`, after the work is really gone; nothing where the server has no release
+ *     shutdown             release `shutdown`; nothing where the server has no release: the lease lapses
+ *     lease_lost           nothing: another attempt owns the task
+ */
+import { setMaxListeners } from 'node:events';
+import {
+  MillraceError,
+  TaskAbort,
+  describeError,
+  type ArtifactSink,
+  type Clock,
+  type ControlPlane,
+  type InputSource,
+  type Json,
+  type JsonObject,
+  type LeaseEnvelope,
+  type LogLevel,
+  type Logger,
+  type Random,
+  type Runner,
+  type TaskContext,
+  type TaskSpec,
+  type Timer,
+} from '@millrace/runner';
+import type { ArtifactReport, Dms, Features, HeartbeatReply, ReceivedLease } from '@millrace/dispatch/client';
+import { Heartbeats, type HeartbeatSettings } from './heartbeat.ts';
+import type { MetricsBackend, TaskOutcome } from './metrics.ts';
+import {
+  completeReport,
+  deliver,
+  noRunnerReport,
+  runnerFailedReport,
+  setupFailedReport,
+  type Delivery,
+  type Report,
+  type SetupStage,
+} from './report.ts';
+import type { RunnerRouter } from './router.ts';
+import type { TaskFolder, Workspace } from './workspace.ts';
+
+export type SessionState =
+  'granted' | 'starting' | 'running' | 'stopping' | 'settled' | 'reporting' | 'ended';
+
+const TRANSITIONS: Readonly<Record<SessionState, readonly SessionState[]>> = {
+  granted: ['starting', 'running', 'reporting', 'ended'],
+  starting: ['running', 'reporting', 'ended'],
+  running: ['stopping', 'settled', 'ended'],
+  stopping: ['settled', 'ended'],
+  settled: ['reporting', 'ended'],
+  reporting: ['ended'],
+  ended: [],
+};
+
+/** What a task's inputs and artifacts go through. */
+export interface SessionStorage {
+  readonly input: InputSource;
+  readonly output: ArtifactSink;
+  /** What was uploaded, one record per logical path. */
+  artifacts(): readonly ArtifactReport[];
+  /** Ends transfers under way; later calls fail with `failed_precondition`. */
+  close(): Promise<void>;
+}
+
+/** What the storage of a session is opened with. */
+export interface StorageRequest {
+  /** As it stands when the storage is opened: `domain_id` and `domain_server_url` are not null. */
+  readonly lease: LeaseEnvelope;
+  readonly leaseId: string | null;
+  /** Where the task's domain is now; heartbeats may move it. */
+  readonly domain: () => { readonly id: string; readonly serverUrl: string };
+  /** The current domain token. */
+  readonly token: () => string;
+  /** Gets a newer domain token from the dispatcher by an early heartbeat. Rejects when the lease is gone. */
+  readonly refreshToken: () => Promise<void>;
+  readonly folder: TaskFolder;
+  /** The task's: transfers under way end when it aborts. */
+  readonly signal: AbortSignal;
+  readonly log: Logger;
+}
+
+export type OpenStorage = (request: StorageRequest) => SessionStorage;
+
+/** What sessions share. */
+export interface SessionWorld {
+  readonly dms: Dms;
+  readonly features: Features;
+  readonly router: RunnerRouter;
+  readonly openStorage: OpenStorage;
+  readonly workspace: Pick<Workspace, 'taskFolder'>;
+  readonly metrics: MetricsBackend;
+  readonly heartbeat: HeartbeatSettings;
+  /** Wall time of one attempt; then it is stopped with reason `deadline` and fails. */
+  readonly taskWallMs: number;
+  readonly clock: Clock;
+  readonly random: Random;
+  readonly log: Logger;
+  /**
+   * When it aborts, nothing is waited for any more: neither for runners to settle nor for reports to arrive. Sessions
+   * have been aborted before.
+   */
+  readonly abandoned: AbortSignal;
+}
+
+export interface SessionEnding {
+  /** `skipped`: cancelled before any work. `abandoned`: the runner never settled, or the session itself broke. */
+  readonly kind:
+    | 'completed'
+    | 'failed'
+    | 'setup_failed'
+    | 'skipped'
+    | 'canceled'
+    | 'released'
+    | 'lease_lost'
+    | 'abandoned';
+  /** What became of the report; null: there was none to send. */
+  readonly delivery: Delivery | null;
+}
+
+type Verdict =
+  | { readonly kind: 'completed' }
+  | { readonly kind: 'failed'; readonly error: unknown }
+  | { readonly kind: 'aborted'; readonly abort: TaskAbort };
+
+/** Of what is left of the lease, the last words get at most this long; the report matters more. */
+const FLUSH_LIMIT_MS = 5_000;
+const STUCK_LOG_EVERY_MS = 60_000;
+
+export class Session {
+  readonly leaseId: string | null;
+  /** Monotonic. */
+  readonly grantedAt: number;
+  readonly #world: SessionWorld;
+  readonly #log: Logger;
+  readonly #heartbeats: Heartbeats;
+  readonly #folder: TaskFolder;
+  readonly #controller = new AbortController();
+  #state: SessionState = 'granted';
+  #envelope: LeaseEnvelope;
+  #token: string;
+  #merged = false;
+  #verdict: Verdict | null = null;
+  #leaseLost = false;
+  #timers: Timer[] = [];
+
+  constructor(received: ReceivedLease, world: SessionWorld) {
+    const { envelope, leaseId } = received;
+    const { task } = envelope;
+    this.leaseId = leaseId;
+    this.grantedAt = world.clock.monotonic();
+    this.#world = world;
+    this.#envelope = envelope;
+    this.#token = envelope.access_token ?? '';
+    this.#log = world.log.child({
+      task_id: task.id,
+      capability: task.capability,
+      ...(task.job_id === null ? {} : { job_id: task.job_id }),
+      ...(leaseId === null ? {} : { lease_id: leaseId }),
+      ...(task.attempts === null ? {} : { attempt: task.attempts }),
+    });
+    // A listener per transfer and whatever the runner adds: any number of them is no leak.
+    setMaxListeners(0, this.#controller.signal);
+    this.#folder = world.workspace.taskFolder(task.id);
+    this.#heartbeats = new Heartbeats({
+      dms: world.dms,
+      lease: { taskId: task.id, leaseId },
+      leaseExpiresAt: envelope.lease_expires_at,
+      settings: world.heartbeat,
+      leaseIds: world.features.leaseIds,
+      clock: world.clock,
+      random: world.random,
+      log: this.#log,
+      onReply: (reply) => this.#merge(reply),
+      onAbort: (abort) => {
+        if (abort.reason === 'lease_lost') this.#leaseLost = true;
+        this.abort(abort);
+      },
+    });
+  }
+
+  get state(): SessionState {
+    return this.#state;
+  }
+
+  get taskId(): string {
+    return this.#envelope.task.id;
+  }
+
+  /**
+   * Runs the task. When the task is one the server started with the lease, the runner is entered before this returns.
+   * Called once; never rejects.
+   */
+  async run(): Promise<SessionEnding> {
+    let ending: SessionEnding;
+    try {
+      ending = await this.#live();
+    } catch (error) {
+      // A bug of ours or of a port; the engine and the other sessions go on, and this lease lapses.
+      this.#log.error('session broke, the lease will lapse', {
+        error: describeError(error),
+        ...(error instanceof Error && error.stack !== undefined ? { stack: error.stack } : {}),
+      });
+      this.abort(new TaskAbort('lease_lost', 'the session broke'));
+      ending = { kind: 'abandoned', delivery: null };
+    }
+    for (const timer of this.#timers) timer.cancel();
+    await this.#heartbeats.close();
+    await this.#folder.remove();
+    this.#enter('ended');
+    return ending;
+  }
+
+  /** Ends the work. The first reason wins; without effect once the runner has settled. */
+  abort(abort: TaskAbort): void {
+    if (this.#verdict !== null) return;
+    this.#verdict = { kind: 'aborted', abort };
+    this.#log.info('stopping the task', { reason: abort.reason, message: abort.message });
+    // A heartbeat before the work has nothing left to start.
+    if (this.#state === 'starting') void this.#heartbeats.close();
+    if (this.#state === 'running') {
+      this.#enter('stopping');
+      this.#watchStopping();
+    }
+    this.#controller.abort(abort);
+  }
+
+  /** Asks the dispatcher at once how the lease stands; what it answers takes effect by itself. */
+  check(): void {
+    // Failing is dealt with by the heartbeats.
+    this.#heartbeats.beat().catch(() => undefined);
+  }
+
+  async #live(): Promise<SessionEnding> {
+    const { router, features } = this.#world;
+    const { task } = this.#envelope;
+    let runner = router.pick(task);
+    if (runner === null) {
+      return await this.#setupFailed(
+        'start_session',
+        `failed to initialise session: task capability ${task.capability} not in configured set ` +
+          `[${router.capabilities.join(', ')}]`,
+      );
+    }
+    if (this.#envelope.cancel || this.#verdict !== null) return await this.#skip();
+
+    if (!(features.startOnLease && this.#envelope.status === 'running')) {
+      this.#enter('starting');
+      try {
+        await this.#heartbeats.first();
+      } catch (error) {
+        if (this.#verdict === null) return await this.#setupFailed('initial_heartbeat', error);
+      }
+      if (this.#verdict !== null) return await this.#skip();
+      runner = router.pick(this.#envelope.task);
+      if (runner === null) return await this.#end('failed', noRunnerReport(this.#envelope));
+    }
+
+    let storage: SessionStorage;
+    try {
+      storage = this.#openStorage();
+    } catch (error) {
+      return await this.#setupFailed('build_ports', error);
+    }
+    return await this.#work(runner, storage);
+  }
+
+  async #work(runner: Runner, storage: SessionStorage): Promise<SessionEnding> {
+    const { clock, metrics, taskWallMs, abandoned } = this.#world;
+    this.#enter('running');
+    metrics.recordTaskStarted(runner.capability);
+    const startedAt = clock.monotonic();
+    this.#timers.push(
+      clock.setTimer(
+        () =>
+          this.abort(new TaskAbort('deadline', `wall time limit of ${taskWallMs} ms (taskWallMs) reached`)),
+        taskWallMs,
+      ),
+    );
+    this.#heartbeats.start();
+    const context = this.#context(storage);
+    const settled = (async () => runner.run(context.value))().then(
+      () => void (this.#verdict ??= { kind: 'completed' }),
+      (error: unknown) => {
+        if (this.#verdict === null) this.#verdict = { kind: 'failed', error };
+        else this.#log.debug('the runner rejected after its abort', { error: describeError(error) });
+      },
+    );
+    const gaveUp = await abortedFirst(settled, abandoned);
+
+    const verdict = this.#verdict;
+    if (verdict === null) throw new MillraceError('internal', 'the runner settled without a verdict');
+    metrics.recordTaskCompleted(runner.capability, outcomeOf(verdict), clock.monotonic() - startedAt);
+    context.close();
+    await storage.close();
+    if (gaveUp) {
+      this.#log.error('the runner never settled; its lease will lapse', { state: this.#state });
+      return { kind: 'abandoned', delivery: null };
+    }
+    this.#enter('settled');
+    for (const timer of this.#timers.splice(0)) timer.cancel();
+    return await this.#judge(verdict, storage.artifacts());
+  }
+
+  async #judge(verdict: Verdict, artifacts: readonly ArtifactReport[]): Promise<SessionEnding> {
+    const lease = this.#envelope;
+    if (verdict.kind === 'completed') return await this.#end('completed', completeReport(lease, artifacts));
+    if (verdict.kind === 'failed') {
+      return await this.#end('failed', runnerFailedReport(lease, artifacts, verdict.error), verdict.error);
+    }
+    const { abort } = verdict;
+    if (abort.reason === 'lease_lost') return await this.#end('lease_lost', null);
+    if (abort.reason === 'canceled') {
+      return await this.#end('canceled', { kind: 'release', reason: 'canceled' });
+    }
+    if (abort.reason === 'shutdown') {
+      return await this.#end('released', { kind: 'release', reason: 'shutdown' });
+    }
+    return await this.#end('failed', runnerFailedReport(lease, artifacts, abort), abort);
+  }
+
+  /** Cancelled or stopped before any work. */
+  async #skip(): Promise<SessionEnding> {
+    const abort = this.#verdict?.kind === 'aborted' ? this.#verdict.abort : null;
+    if (abort?.reason === 'lease_lost') return await this.#end('lease_lost', null);
+    return abort?.reason === 'shutdown'
+      ? await this.#end('released', { kind: 'release', reason: 'shutdown' })
+      : await this.#end('skipped', { kind: 'release', reason: 'canceled' });
+  }
+
+  async #setupFailed(stage: SetupStage, error: unknown): Promise<SessionEnding> {
+    return await this.#end('setup_failed', setupFailedReport(stage, error), error);
+  }
+
+  /** Sends the last words, then the report, and writes the one line about it. */
+  async #end(kind: SessionEnding['kind'], report: Report | null, error?: unknown): Promise<SessionEnding> {
+    const { clock, random, dms, features, heartbeat, abandoned } = this.#world;
+    const canRelease = features.leaseIds;
+    let delivery: Delivery | null = null;
+    if (this.#state === 'settled' && (report?.kind !== 'release' || canRelease)) {
+      const leftMs = this.#heartbeats.deadline(clock.monotonic()) - clock.monotonic();
+      const undelivered = await this.#heartbeats.flush(Math.min(FLUSH_LIMIT_MS, leftMs / 3));
+      if (undelivered > 0) this.#log.warn('events were not delivered', { events: undelivered });
+    }
+    this.#enter('reporting');
+    // What a heartbeat learned meanwhile: the task has another owner, and nothing of ours is to reach it.
+    const lost = this.#leaseLost;
+    if (report !== null && !lost && (report.kind !== 'release' || canRelease)) {
+      const startedAt = clock.monotonic();
+      delivery = await deliver(report, {
+        dms,
+        lease: this.#heartbeats.lease,
+        deadline: () => this.#heartbeats.deadline(startedAt),
+        requestTimeoutMs: heartbeat.requestTimeoutMs,
+        clock,
+        random,
+        log: this.#log,
+        signal: abandoned,
+      });
+    }
+    const ending: SessionEnding = { kind: lost ? 'lease_lost' : kind, delivery };
+    this.#logEnding(ending, report, error);
+    return ending;
+  }
+
+  #logEnding(ending: SessionEnding, report: Report | null, error: unknown): void {
+    const fields: JsonObject = { ending: ending.kind, delivery: ending.delivery };
+    if (error !== undefined) fields['error'] = describeError(error);
+    if (report?.kind === 'release' && ending.delivery === null && ending.kind !== 'lease_lost') {
+      fields['note'] = 'the dispatcher offers no release, so the lease is left to lapse';
+    }
+    const fine = ending.kind === 'completed' || ending.kind === 'canceled' || ending.kind === 'released';
+    if (fine && (ending.delivery === 'accepted' || ending.delivery === null))
+      this.#log.info('task ended', fields);
+    else this.#log.warn('task ended', fields);
+  }
+
+  #openStorage(): SessionStorage {
+    const { domain_id, domain_server_url } = this.#envelope;
+    if (domain_server_url === null) {
+      throw new MillraceError('failed_precondition', 'lease missing domain_server_url');
+    }
+    if (domain_id === null) throw new MillraceError('failed_precondition', 'lease missing domain_id');
+    if (this.#token === '') this.#log.warn('the lease has no access token; storage is asked without one');
+    return this.#world.openStorage({
+      lease: this.#envelope,
+      leaseId: this.leaseId,
+      domain: () => ({
+        id: this.#envelope.domain_id ?? domain_id,
+        serverUrl: this.#envelope.domain_server_url ?? domain_server_url,
+      }),
+      token: () => this.#token,
+      refreshToken: () => this.#heartbeats.beat(),
+      folder: this.#folder,
+      signal: this.#controller.signal,
+      log: this.#log,
+    });
+  }
+
+  #context(storage: SessionStorage): { readonly value: TaskContext; close(): void } {
+    let open = true;
+    const heartbeats = this.#heartbeats;
+    const say = (what: string, how: () => void): Promise<void> => {
+      if (open) {
+        how();
+        return Promise.resolve();
+      }
+      const refused = Promise.reject<void>(
+        new MillraceError(
+          'failed_precondition',
+          `${what}: the task has ended, its context cannot be used any more`,
+        ),
+      );
+      // Mostly called without waiting; that must not end the process.
+      refused.catch(() => undefined);
+      return refused;
+    };
+    const ctrl: ControlPlane = {
+      isCancelled: () => Promise.resolve(this.#controller.signal.aborted),
+      progress: (value: Json) => say('progress', () => heartbeats.progress(value)),
+      logEvent: (value: Json) => say('logEvent', () => heartbeats.event(value)),
+    };
+    const log = taskLogger(this.#log, (event) => {
+      if (open) heartbeats.event(event);
+    });
+    const value: TaskContext = Object.freeze({
+      lease: this.#envelope,
+      input: storage.input,
+      output: storage.output,
+      ctrl: Object.freeze(ctrl),
+      accessToken: Object.freeze({ get: () => this.#token }),
+      signal: this.#controller.signal,
+      log,
+    });
+    return { value, close: () => void (open = false) };
+  }
+
+  /** What a heartbeat's answer says about the lease. Only the first one may change the task. */
+  #merge(reply: HeartbeatReply): void {
+    const before = this.#envelope;
+    this.#token = reply.access_token ?? this.#token;
+    const lease = {
+      ...before,
+      access_token: this.#token,
+      access_token_expires_at: reply.access_token_expires_at ?? before.access_token_expires_at,
+      lease_expires_at: reply.lease_expires_at ?? before.lease_expires_at,
+      cancel: reply.cancel ?? before.cancel,
+      status: reply.status ?? before.status,
+      domain_id: reply.domain_id ?? before.domain_id,
+      domain_server_url: reply.domain_server_url ?? before.domain_server_url,
+    };
+    const first = !this.#merged && this.#state === 'starting';
+    this.#merged = true;
+    this.#envelope = first ? { ...lease, task: mergeTask(before.task, reply) } : lease;
+  }
+
+  #watchStopping(): void {
+    const since = this.#world.clock.monotonic();
+    const arm = (): void => {
+      this.#timers.push(
+        this.#world.clock.setTimer(() => {
+          this.#log.error('the runner does not stop; its slot stays taken', {
+            stopping_ms: Math.round(this.#world.clock.monotonic() - since),
+          });
+          arm();
+        }, STUCK_LOG_EVERY_MS),
+      );
+    };
+    arm();
+  }
+
+  #enter(next: SessionState): void {
+    if (!TRANSITIONS[this.#state].includes(next)) {
+      throw new MillraceError('internal', `session: no way from ${this.#state} to ${next}`);
+    }
+    this.#state = next;
+  }
+}
+
+function mergeTask(task: TaskSpec, reply: HeartbeatReply): TaskSpec {
+  if (reply.task !== null) return reply.task;
+  return {
+    ...task,
+    id: reply.task_id ?? task.id,
+    job_id: reply.job_id ?? task.job_id,
+    attempts: reply.attempts ?? task.attempts,
+    max_attempts: reply.max_attempts ?? task.max_attempts,
+    deps_remaining: reply.deps_remaining ?? task.deps_remaining,
+  };
+}
+
+function outcomeOf(verdict: Verdict): TaskOutcome {
+  if (verdict.kind === 'completed') return 'success';
+  if (verdict.kind === 'failed') return 'failure';
+  if (verdict.abort.reason === 'deadline') return 'timeout';
+  return verdict.abort.reason === 'limit' ? 'failure' : 'canceled';
+}
+
+/** Lines become events of the task and debug lines of the node's own log. */
+function taskLogger(nodeLog: Logger, emit: (event: JsonObject) => void, bound: JsonObject = {}): Logger {
+  const line =
+    (level: LogLevel) =>
+    (message: string, fields?: JsonObject): void => {
+      const all = fields === undefined ? bound : { ...bound, ...fields };
+      // They come first, and no field of the same name replaces them.
+      emit(Object.assign({ level, message }, all, { level, message }));
+      nodeLog.debug(message, { ...all, task_log_level: level });
+    };
+  return Object.freeze({
+    debug: line('debug'),
+    info: line('info'),
+    warn: line('warn'),
+    error: line('error'),
+    child: (fields: JsonObject) => taskLogger(nodeLog, emit, { ...bound, ...fields }),
+  });
+}
+
+/** Resolves when `promise` does, with false; or when `signal` aborts, with true. */
+function abortedFirst(promise: Promise<void>, signal: AbortSignal): Promise<boolean> {
+  return new Promise((resolve, reject) => {
+    const onAbort = (): void => resolve(true);
+    if (signal.aborted) onAbort();
+    signal.addEventListener('abort', onAbort, { once: true });
+    promise.then(() => {
+      signal.removeEventListener('abort', onAbort);
+      resolve(false);
+    }, reject);
+  });
+}
