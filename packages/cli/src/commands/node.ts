@@ -1,0 +1,165 @@
+/** `millrace node start`: a compute node, configured by its environment as the reference node is. */
+import { readFile } from 'node:fs/promises';
+import path from 'node:path';
+import { parseEnv } from 'node:util';
+import type { Command } from 'commander';
+import { MillraceError, type Runner } from '@millrace/runner';
+import { action, examples, repeatable, type Session } from '../command.ts';
+import { EXIT, type ExitCode } from '../exit-codes.ts';
+import type { CommandContext } from '../io.ts';
+import type { Env } from '../terminal.ts';
+import { table } from '../text-width.ts';
+import { parseInteger } from '../units.ts';
+
+interface StartOptions {
+  readonly config?: string;
+  readonly runner?: readonly string[];
+  readonly envFile?: string;
+  readonly workDir?: string;
+  readonly printConfig?: boolean;
+  readonly drainSecs?: string;
+}
+
+export function registerNode(program: Command, session: Session): void {
+  program
+    .command('node')
+    .description('a compute node')
+    .command('start')
+    .description('lease tasks and run them until a signal; configured by its environment')
+    .option(
+      '--config <file>',
+      'config file with runners, labels and limits (default: millrace.config.* here, if any)',
+    )
+    .option('--runner <module>', 'a runner module; repeatable, before those of the config file', repeatable)
+    .option(
+      '--env-file <file>',
+      'NAME=VALUE lines, as "millrace nodes add" writes them; the environment wins',
+    )
+    .option(
+      '--work-dir <dir>',
+      "where tasks get their folders (default: work in --data if given, else the system's)",
+    )
+    .option(
+      '--print-config',
+      'print every setting with its value and where it comes from, secrets hidden, and stop',
+    )
+    .option('--drain-secs <n>', 'how long running tasks may go on after the first signal (default: 30)')
+    .addHelpText(
+      'after',
+      examples([
+        [
+          'millrace node start --env-file node.env --runner ./resize.ts',
+          'a node with credentials from "millrace nodes add"',
+        ],
+        ['millrace node start --env-file node.env --print-config', 'what it would run with'],
+      ]) +
+        `
+Environment (required: REG_SECRET, SECP256K1_PRIVHEX):
+  DDS_BASE_URL, DMS_BASE_URL            where it registers, where tasks come from
+  MAX_CONCURRENCY                       tasks at once (1)
+  LOG_LEVEL, LOG_FORMAT                 debug|info|warn|error|off (info); json|text (json)
+  ENABLE_NOOP, NOOP_SLEEP_SECS          adds a runner for /millrace/noop/v1 that waits
+  and the others that --print-config lists.
+
+SIGTERM or Ctrl-C stops: no new work, running tasks get the drain time. Again: they are aborted. Again: killed.
+`,
+    )
+    .action(action(session, start));
+}
+
+async function start(context: CommandContext, options: StartOptions): Promise<ExitCode> {
+  const { io, out } = context;
+  const drainSecs =
+    options.drainSecs === undefined
+      ? null
+      : parseInteger(options.drainSecs, '--drain-secs', 0, 7 * 24 * 3600);
+  const [{ loadConfig }, { runnerSpecs }, { parseNodeEnv, describeConfig, createNode, createLogger }] =
+    await Promise.all([import('../config-file.ts'), import('../runner-specs.ts'), import('@millrace/node')]);
+  const config = await loadConfig(options.config, io.cwd);
+  const env: Env = {
+    ...(config.maxConcurrency !== null && { MAX_CONCURRENCY: String(config.maxConcurrency) }),
+    ...(options.envFile === undefined ? {} : await readEnvFile(options.envFile, io.cwd)),
+    ...io.env,
+  };
+  if (options.printConfig) {
+    const entries = describeConfig(env);
+    out.result({ config: entries, file: config.file }, () =>
+      table(
+        [{ title: 'NAME' }, { title: 'VALUE' }, { title: 'FROM' }],
+        entries.map(({ name, value, source }) => [
+          name,
+          value === null ? '-' : String(value),
+          source === null ? 'default' : source === name ? 'set' : source,
+        ]),
+        out.paint.dim,
+      ),
+    );
+    return EXIT.done;
+  }
+  const nodeConfig = parseNodeEnv(env);
+  const specs = await runnerSpecs(options.runner ?? [], config, io.cwd);
+  if (specs.length === 0 && !nodeConfig.enableNoop) {
+    throw new MillraceError(
+      'invalid_argument',
+      'the node has no runners: name modules with --runner or in millrace.config.ts (ENABLE_NOOP=true adds one for trying out)',
+    );
+  }
+  const log = createLogger({
+    format: nodeConfig.logFormat,
+    level: nodeConfig.logLevel,
+    secrets: [nodeConfig.regSecret, nodeConfig.privateKeyHex],
+  });
+  const { openRunners, closeRunners } = await import('../embed-runners.ts');
+  const runners: Runner[] = await openRunners(specs, log);
+  if (nodeConfig.enableNoop) {
+    const { noopRunner } = await import('../noop-runner.ts');
+    runners.push(noopRunner(nodeConfig.noopSleepMs));
+  }
+  const drainMs = drainSecs === null ? config.drainMs : drainSecs * 1000;
+  const workDir = workDirOf(context, options);
+  let node;
+  try {
+    node = createNode({
+      config: nodeConfig,
+      runners,
+      labels: config.labels,
+      ...(workDir !== null && { workDir }),
+      ...(drainMs !== null && { drainMs }),
+      log,
+    });
+  } catch (error) {
+    await closeRunners(runners);
+    throw error;
+  }
+  await using running = node;
+  const { stopLadder } = await import('../stop-ladder.ts');
+  using _ = stopLadder(io, running, drainMs);
+  out.result(
+    {
+      wallet: running.wallet,
+      dms_url: nodeConfig.dmsBaseUrl,
+      capabilities: runners.map((runner) => runner.capability),
+      concurrency: nodeConfig.maxConcurrency,
+      pid: io.pid,
+    },
+    () => [
+      `node ${running.wallet} takes ${runners.map((runner) => runner.capability).join(', ')} from ${nodeConfig.dmsBaseUrl}`,
+    ],
+  );
+  await running.run();
+  return EXIT.done;
+}
+
+function workDirOf({ io, options: common }: CommandContext, options: StartOptions): string | null {
+  if (options.workDir !== undefined) return path.resolve(io.cwd, options.workDir);
+  const data = common.data || io.env['MILLRACE_DATA'];
+  return data ? path.resolve(io.cwd, data, 'work') : null;
+}
+
+async function readEnvFile(file: string, cwd: string): Promise<Env> {
+  try {
+    return parseEnv(await readFile(path.resolve(cwd, file), 'utf8'));
+  } catch (error) {
+    throw new MillraceError('invalid_argument', `--env-file: cannot read ${file}`, { cause: error });
+  }
+}

@@ -1,0 +1,29 @@
+/** Runner modules as runners of a node in this process, each in its own threads. */
+import { openThreadRunner } from '@millrace/exec';
+import { MillraceError, type Logger, type Runner } from '@millrace/runner';
+import type { RunnerSpec } from './config-file.ts';
+
+/**
+ * Opens all of them at once, in order. When one does not open the others are closed again.
+ *
+ * @throws MillraceError naming the module and why it does not load.
+ */
+export async function openRunners(specs: readonly RunnerSpec[], log: Logger): Promise<Runner[]> {
+  const opening = specs.map((spec) => openThreadRunner({ ...spec, log }));
+  const results = await Promise.allSettled(opening);
+  const runners = results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []));
+  const failed = results.findIndex((result) => result.status === 'rejected');
+  if (failed < 0) return runners;
+  await closeRunners(runners);
+  const error = (results[failed] as PromiseRejectedResult).reason as unknown;
+  // Whatever the module did wrong, for the one who named it, it is a wrong configuration.
+  throw new MillraceError(
+    'invalid_argument',
+    `runner module ${specs[failed]?.module ?? ''}: ${error instanceof Error ? error.message : String(error)}`,
+    { cause: error },
+  );
+}
+
+export async function closeRunners(runners: readonly Runner[]): Promise<void> {
+  await Promise.all(runners.map(async (runner) => runner.close?.()));
+}

@@ -1,0 +1,106 @@
+/**
+ * YAML and JSON files written by people, checked against a schema so that every complaint says file, line, path, rule
+ * and value. JSON is read as the YAML it is, which gives both the same positions and the same duplicate-key check.
+ */
+import { MillraceError } from '@millrace/runner';
+import { LineCounter, parseDocument, type Document } from 'yaml';
+import type { z } from 'zod';
+
+export interface LocatedDocument {
+  readonly file: string;
+  readonly value: unknown;
+  /** `file:line:column` of the member at `path`, or of its nearest parent that exists. */
+  locate(path: readonly PropertyKey[]): string;
+}
+
+const MAX_PROBLEMS = 5;
+
+/**
+ * Parses the text of `file`.
+ *
+ * @throws MillraceError `invalid_argument` with line and column for each syntax error, up to five.
+ */
+export function parseLocated(text: string, file: string): LocatedDocument {
+  const lines = new LineCounter();
+  const document = parseDocument(text, { lineCounter: lines, prettyErrors: false });
+  const problems = document.errors.map((error) => `${position(file, lines, error.pos[0])}: ${error.message}`);
+  if (problems.length > 0) throw invalid(problems);
+  let value: unknown;
+  try {
+    value = document.toJS({ maxAliasCount: 100 });
+  } catch (error) {
+    throw new MillraceError(
+      'invalid_argument',
+      `${file}: ${error instanceof Error ? error.message : String(error)}`,
+      {
+        cause: error,
+      },
+    );
+  }
+  return { file, value, locate: (path) => locate(document, lines, file, path) };
+}
+
+/** A document that came from code; there are no lines to point at. */
+export function unlocated(value: unknown, file: string): LocatedDocument {
+  return { file, value, locate: () => file };
+}
+
+/**
+ * The document's value by `schema`.
+ *
+ * @throws MillraceError `invalid_argument` naming position, path, rule and value of each problem, up to five.
+ */
+export function checkLocated<T>(document: LocatedDocument, schema: z.ZodType<T>): T {
+  const result = schema.safeParse(document.value, { reportInput: true });
+  if (result.success) return result.data;
+  throw invalid(
+    result.error.issues.map((issue) => {
+      // An unknown key is pointed at itself, not at the object it is in.
+      const path = issue.code === 'unrecognized_keys' ? [...issue.path, issue.keys[0] ?? ''] : issue.path;
+      const name = pathText(issue.path);
+      return `${document.locate(path)}: ${name === '' ? '' : `${name}: `}${rule(issue)}`;
+    }),
+  );
+}
+
+function rule(issue: z.core.$ZodIssue): string {
+  if (issue.code === 'unrecognized_keys') {
+    return `unknown ${issue.keys.length === 1 ? 'member' : 'members'} ${issue.keys.map((key) => JSON.stringify(key)).join(', ')}`;
+  }
+  const message = issue.message.replace(/^Invalid input: /, '');
+  if (issue.input === undefined) return message.endsWith('received undefined') ? 'is missing' : message;
+  const value = JSON.stringify(issue.input) ?? typeof issue.input;
+  return `${message.replace(/, received \w+$/, '')}, got ${value.length > 60 ? `${value.slice(0, 59)}…` : value}`;
+}
+
+/** `tasks[0].capability`. */
+function pathText(path: readonly PropertyKey[]): string {
+  return path
+    .map((step, index) =>
+      typeof step === 'number' ? `[${step}]` : `${index === 0 ? '' : '.'}${String(step)}`,
+    )
+    .join('');
+}
+
+function invalid(problems: readonly string[]): MillraceError {
+  const more = problems.length - MAX_PROBLEMS;
+  return new MillraceError(
+    'invalid_argument',
+    problems.slice(0, MAX_PROBLEMS).join('; ') + (more > 0 ? `; and ${more} more` : ''),
+  );
+}
+
+function locate(document: Document, lines: LineCounter, file: string, path: readonly PropertyKey[]): string {
+  for (let length = path.length; length >= 0; length -= 1) {
+    const steps = path.slice(0, length);
+    const node = steps.length === 0 ? document.contents : document.getIn(steps, true);
+    const range = (node as { readonly range?: readonly number[] } | null | undefined)?.range;
+    if (range?.[0] !== undefined) return position(file, lines, range[0]);
+  }
+  return position(file, lines, 0);
+}
+
+function position(file: string, lines: LineCounter, offset: number): string {
+  const { line, col } = lines.linePos(offset);
+  return `${file}:${Math.max(1, line)}:${Math.max(1, col)}`;
+}

@@ -1,0 +1,40 @@
+/** Logs of the dispatcher and the node in this process. */
+import { Writable } from 'node:stream';
+import { createLogger } from '@millrace/node';
+import type { LogLevel, Logger } from '@millrace/runner';
+import { terminalFeatures } from './terminal.ts';
+import type { Io } from './io.ts';
+
+/**
+ * For programs that stay: `LOG_LEVEL` and `LOG_FORMAT` as for a node, where text is the default on a terminal.
+ * Written to stderr.
+ */
+export function operatorLogger(io: Io, secrets: readonly string[] = []): Logger {
+  const format = io.env['LOG_FORMAT']?.trim().toLowerCase();
+  const level = io.env['LOG_LEVEL']?.trim().toLowerCase() ?? '';
+  return createLogger({
+    format: format === 'text' || (!format && terminalFeatures(io.stderr, io.env).live) ? 'text' : 'json',
+    level: isLevel(level) ? level : 'info',
+    secrets,
+  });
+}
+
+function isLevel(text: string): text is LogLevel | 'off' {
+  return ['debug', 'info', 'warn', 'error', 'off'].includes(text);
+}
+
+/** For one job on a screen that shows its progress: warnings and errors only, line by line to `print`. */
+export function quietLogger(io: Io, print: (line: string) => void): Logger {
+  const debugging = Boolean(io.env['MILLRACE_DEBUG']);
+  return createLogger({
+    format: 'text',
+    level: debugging ? 'debug' : 'warn',
+    destination: new Writable({
+      decodeStrings: false,
+      write(line: string, _encoding, done) {
+        print(line.trimEnd());
+        done();
+      },
+    }),
+  });
+}

@@ -1,0 +1,122 @@
+/** Usage and errors of the program, without the process around it. */
+import { writeFile } from 'node:fs/promises';
+import path from 'node:path';
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { ask, makePlace, type Place } from './program.test.support.ts';
+
+let place: Place;
+beforeAll(async () => {
+  place = await makePlace();
+});
+afterAll(() => place[Symbol.asyncDispose]());
+
+const write = (name: string, text: string): Promise<void> => writeFile(path.join(place.cwd, name), text);
+const json = (text: string): unknown => {
+  expect(text.trimEnd().split('\n')).toHaveLength(1);
+  return JSON.parse(text);
+};
+
+describe('usage', () => {
+  test('help lists the commands and exits 0', async () => {
+    const { code, stdout, stderr } = await ask(['--help'], place);
+    expect([code, stderr]).toEqual([0, '']);
+    for (const name of ['up', 'run', 'submit', 'jobs', 'job', 'get', 'nodes', 'node', 'dispatch', 'doctor']) {
+      expect(stdout).toMatch(new RegExp(`^  ${name} `, 'm'));
+    }
+  });
+
+  test.each([
+    'up',
+    'run',
+    'submit',
+    'jobs',
+    'job show',
+    'job watch',
+    'job logs',
+    'job cancel',
+    'get',
+    'nodes',
+    'nodes add',
+    'node start',
+    'dispatch serve',
+    'doctor',
+  ])('help of "%s" has an example', async (command) => {
+    const { code, stdout } = await ask([...command.split(' '), '--help'], place);
+    expect(code).toBe(0);
+    expect(stdout).toMatch(/^Examples:\n {2}\$ .*millrace/m);
+    expect(stdout).toContain('--json');
+  });
+
+  test.each([
+    [['jobs', '--bogus'], /unknown option '--bogus'; see millrace jobs --help/],
+    [['jobs', 'extra'], /too many arguments/],
+    [['frobnicate'], /unknown command 'frobnicate'/],
+    [['job'], /no command given; see millrace job --help/],
+    [['run'], /missing required argument/],
+    [['run', 'photo.jpg'], /neither a runner module .* nor a job file/],
+    [['run', 'none.ts'], /runner module .*none\.ts cannot be read/],
+    [['jobs', '--limit', '0'], /--limit must be an integer from 1 to 1000, got "0"/],
+    [['jobs', '--status', 'done'], /--status must be one of pending, .*, got "done"/],
+    [['up', '--port', '70000'], /--port must be an integer from 0 to 65535, got "70000"/],
+    [
+      ['dispatch', 'serve', '--store', 'postgres://db/x'],
+      /--store postgres: is not in this version; use sqlite:PATH/,
+    ],
+    [['dispatch', 'serve', '--blobs', 's3://bucket'], /--blobs s3: is not in this version; use file:DIR/],
+    [['dispatch', 'serve', '--store', 'mysql:x'], /--store must be sqlite:PATH, got "mysql:x"/],
+    [['nodes', 'add', '--name', 'x', '--mode', 'secret'], /--mode must be public or dedicated, got "secret"/],
+    [['submit', 'none.yaml'], /cannot read the job file none\.yaml/],
+    [['node', 'start'], /REG_SECRET required/],
+  ])('%j is wrong usage: one line on stderr, exit code 2', async (args, message) => {
+    const { code, stdout, stderr } = await ask(args, place);
+    expect([code, stdout]).toEqual([2, '']);
+    expect(stderr).toMatch(message);
+    expect(stderr.trimEnd().split('\n').at(-1)).toMatch(/^millrace: /);
+    expect(stderr).not.toMatch(/^\s+at /m);
+  });
+
+  test('with --json an error is a document on stdout', async () => {
+    const { code, stdout } = await ask(['jobs', '--bogus', '--json'], place);
+    expect(code).toBe(2);
+    expect(json(stdout)).toEqual({
+      error: { code: 'invalid_argument', message: "unknown option '--bogus'; see millrace jobs --help" },
+    });
+  });
+
+  test('a bad job file is refused with its line, before any dispatcher is looked for', async () => {
+    await write('job.yaml', 'label: x\ntasks:\n  - capability: /x/v1\n    priority: high\n');
+    const { code, stderr } = await ask(['submit', 'job.yaml'], place);
+    expect(code).toBe(2);
+    expect(stderr).toMatch(/^millrace: job\.yaml:4:15: tasks\[0\]\.priority: .*got "high"\n$/);
+  });
+
+  test('stack traces are for MILLRACE_DEBUG', async () => {
+    const { stderr } = await ask(['submit', 'none.yaml'], place, { env: { MILLRACE_DEBUG: '1' } });
+    expect(stderr).toMatch(/^\s+at /m);
+  });
+});
+
+describe('without a dispatcher', () => {
+  test('commands exit 4 and say how to start one', async () => {
+    const { code, stderr } = await ask(['jobs'], place);
+    expect(code).toBe(4);
+    expect(stderr).toMatch(
+      /no dispatcher is running on .*home\/\.local\/share\/millrace; start one with "millrace up"/,
+    );
+  });
+
+  test('a named one that does not answer is exit code 4 as well', async () => {
+    // Port 9 of loopback: nothing listens there on a machine that runs tests.
+    const { code, stdout } = await ask(
+      ['jobs', '--url', 'http://127.0.0.1:9', '--token', 'x', '--json'],
+      place,
+    );
+    expect(code).toBe(4);
+    expect(json(stdout)).toMatchObject({
+      error: {
+        code: 'unavailable',
+        message: expect.stringMatching(/cannot reach the dispatcher at http:\/\/127\.0\.0\.1:9/),
+      },
+    });
+  });
+});

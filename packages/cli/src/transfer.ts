@@ -1,0 +1,383 @@
+/**
+ * Inputs up, artifacts down. Streams both ways with retries: memory holds one part of an upload at most, and a download
+ * that breaks goes on where it was. Bytes are checked against their digest before a file gets its name.
+ */
+import { createHash, randomBytes, randomUUID, type Hash } from 'node:crypto';
+import { createReadStream } from 'node:fs';
+import { mkdir, open, realpath, rename, rm } from 'node:fs/promises';
+import path from 'node:path';
+import { addAbortSignal, type Readable } from 'node:stream';
+import type { DomainStorage } from '@millrace/dispatch/client';
+import { MillraceError, sleep, systemClock, type ByteStream } from '@millrace/runner';
+import type { InputSource } from './job-file.ts';
+
+const MAX_TRIES = 5;
+/** Uploads up to this size go in one request. */
+const SINGLE_UPLOAD_BYTES = 8 * 1024 * 1024;
+
+export interface UploadTo {
+  readonly storage: DomainStorage;
+  readonly domainId: string;
+  readonly signal: AbortSignal;
+  /** Hex. The bytes must be these, else nothing is kept. */
+  readonly sha256?: string;
+  /** Called as bytes were accepted, with the total so far. */
+  readonly onBytes?: (total: number) => void;
+}
+
+/**
+ * Uploads one local input and resolves with its data id.
+ *
+ * A file is named by its content, so one that is there already is not sent again, and submitting the same job with the same
+ * files again is the same submission.
+ *
+ * @throws MillraceError `failed_precondition` when the file changes while it is read
+ */
+export async function uploadInput(source: InputSource, stdin: Readable, to: UploadTo): Promise<string> {
+  if (source.kind === 'stdin') return await sendStream(stdin, 'stdin', uniqueDataName('stdin'), to);
+  const { storage, domainId, signal } = to;
+  const { digest, size } = await hashFile(source.path, signal);
+  const base = path.basename(source.path);
+  const name = dataName(base, digest.slice(0, 32));
+  const find = async (): Promise<string | null> => {
+    const found = await retrying(signal, () => storage.find(domainId, { name }, { signal }));
+    return found.find((item) => item.size === size)?.id ?? null;
+  };
+  const there = await find();
+  if (there !== null) return there;
+  try {
+    return await sendStream(openFile(source.path), base, name, { ...to, sha256: digest });
+  } catch (error) {
+    // Somebody else sent the same bytes meanwhile.
+    const theirs = MillraceError.is(error) && error.details['status'] === 409 ? await find() : null;
+    if (theirs === null) throw error;
+    return theirs;
+  }
+}
+
+function openFile(file: string): Readable {
+  return createReadStream(file, { highWaterMark: 256 * 1024 });
+}
+
+async function hashFile(
+  file: string,
+  signal: AbortSignal,
+): Promise<{ readonly digest: string; readonly size: number }> {
+  const hash = createHash('sha256');
+  let size = 0;
+  for await (const chunk of openFile(file) as AsyncIterable<Buffer>) {
+    signal.throwIfAborted();
+    hash.update(chunk);
+    size += chunk.length;
+  }
+  return { digest: hash.digest('hex'), size };
+}
+
+/** {@link uploadStream} of a Node stream, for which waiting for the next chunk of a silent pipe ends with the signal too. */
+async function sendStream(stream: Readable, from: string, name: string, to: UploadTo): Promise<string> {
+  try {
+    return await uploadStream(addAbortSignal(to.signal, stream), name, dataTypeOf(from), to);
+  } catch (error) {
+    throw to.signal.aborted ? to.signal.reason : error;
+  }
+}
+
+/** Uploads a stream of any length as a new data item and resolves with its id. */
+export async function uploadStream(
+  bytes: ByteStream,
+  name: string,
+  dataType: string,
+  to: UploadTo,
+): Promise<string> {
+  const { storage, domainId, signal, onBytes } = to;
+  const hash = createHash('sha256');
+  const checkContent = (): void => {
+    if (to.sha256 === undefined || hash.digest('hex') === to.sha256) return;
+    throw new MillraceError(
+      'failed_precondition',
+      `the input ${name} changed while it was uploaded; try again`,
+    );
+  };
+  const parts = blocks(bytes, SINGLE_UPLOAD_BYTES, hash);
+  const first = (await parts.next()).value ?? new Uint8Array();
+  const second = await parts.next();
+  if (!second.done)
+    return await uploadParts(rejoin(first, second.value, parts), name, dataType, to, checkContent);
+  checkContent();
+  const item = await retrying(signal, async (attempt) => {
+    // The answer to an earlier try may have been lost on its way; the name is unique, so it tells.
+    const there = attempt === 0 ? null : (await storage.find(domainId, { name }, { signal }))[0];
+    return there ?? (await storage.put(domainId, { name, dataType }, first, { signal }));
+  });
+  if (item === null) {
+    throw new MillraceError('data_loss', `the dispatcher gave no id for the upload of ${name}`);
+  }
+  onBytes?.(first.length);
+  return item.id;
+}
+
+async function uploadParts(
+  bytes: ByteStream,
+  name: string,
+  dataType: string,
+  { storage, domainId, signal, onBytes }: UploadTo,
+  checkContent: () => void,
+): Promise<string> {
+  const upload = await retrying(signal, () =>
+    storage.startUpload({ domainId, name, dataType, size: null, existingId: null }, { signal }),
+  );
+  try {
+    const parts: { part_number: number; etag: string }[] = [];
+    let total = 0;
+    for await (const block of blocks(bytes, upload.partSize)) {
+      const number = parts.length + 1;
+      const etag = await retrying(signal, () =>
+        storage.putPart(domainId, upload.uploadId, number, block, block.length, { signal }),
+      );
+      parts.push({ part_number: number, etag });
+      total += block.length;
+      onBytes?.(total);
+    }
+    checkContent();
+    return await retrying(signal, () => storage.finishUpload(domainId, upload.uploadId, parts, { signal }));
+  } catch (error) {
+    await storage.abortUpload(domainId, upload.uploadId);
+    throw error;
+  }
+}
+
+/** The stream in blocks of exactly `size` bytes, the last one shorter; `hash` sees all of it. */
+async function* blocks(bytes: ByteStream, size: number, hash?: Hash): AsyncGenerator<Uint8Array> {
+  let held: Uint8Array[] = [];
+  let length = 0;
+  for await (const chunk of bytes) {
+    hash?.update(chunk);
+    let rest = chunk;
+    while (length + rest.length >= size) {
+      const taken = rest.subarray(0, size - length);
+      yield Buffer.concat([...held, taken]);
+      held = [];
+      length = 0;
+      rest = rest.subarray(taken.length);
+    }
+    if (rest.length > 0) {
+      held.push(rest);
+      length += rest.length;
+    }
+  }
+  if (length > 0) yield Buffer.concat(held);
+}
+
+async function* rejoin(
+  first: Uint8Array,
+  second: Uint8Array,
+  rest: AsyncGenerator<Uint8Array>,
+): AsyncGenerator<Uint8Array> {
+  yield first;
+  yield second;
+  yield* rest;
+}
+
+/** An artifact of a job, as its task reported it. */
+export interface Artifact {
+  readonly path: string;
+  readonly id: string;
+  readonly taskId: string;
+}
+
+export interface DownloadFrom {
+  readonly storage: DomainStorage;
+  readonly domainId: string;
+  readonly signal: AbortSignal;
+}
+
+export interface SavedArtifact {
+  readonly path: string;
+  readonly id: string;
+  readonly task_id: string;
+  /** Absolute path on this machine. */
+  readonly file: string;
+  readonly size: number;
+  readonly digest: string;
+}
+
+/**
+ * Downloads artifacts into `outDir` under their logical paths, four at a time; resolves with them in the order given.
+ * Without artifacts the folder is not made.
+ *
+ * @throws MillraceError `invalid_argument` for a path that leaves the folder, before anything is written;
+ * `failed_precondition` where it cannot be written; `data_loss` for bytes that do not match their digest.
+ */
+export async function saveArtifacts(
+  artifacts: readonly Artifact[],
+  outDir: string,
+  from: DownloadFrom,
+): Promise<SavedArtifact[]> {
+  // Every path is judged before the first byte is written.
+  const places = artifacts.map((artifact) => ({ artifact, relative: safeRelativePath(artifact.path) }));
+  if (places.length === 0) return [];
+  await mkdir(outDir, { recursive: true });
+  const root = await realpath(outDir);
+  const saved: SavedArtifact[] = [];
+  const queue = places.entries();
+  const stop = new AbortController();
+  const signal = AbortSignal.any([from.signal, stop.signal]);
+  const worker = async (): Promise<void> => {
+    for (const [index, { artifact, relative }] of queue) {
+      const file = path.join(root, relative);
+      await mkdirInside(root, path.dirname(file), artifact.path);
+      const info = await downloadTo(file, artifact.id, { ...from, signal });
+      saved[index] = { path: artifact.path, id: artifact.id, task_id: artifact.taskId, file, ...info };
+    }
+  };
+  const workers = Array.from({ length: Math.min(4, places.length) }, async () => {
+    try {
+      await worker();
+    } catch (error) {
+      // The first failure ends the others; all are waited for, so nothing writes after this function has rejected.
+      stop.abort(error);
+      throw error;
+    }
+  });
+  await Promise.allSettled(workers);
+  await Promise.all(workers);
+  return saved;
+}
+
+/**
+ * A logical path as a relative path of this system.
+ *
+ * @throws MillraceError `invalid_argument` when it is empty, absolute, or leaves its folder.
+ */
+export function safeRelativePath(logicalPath: string): string {
+  const refuse = (rule: string): never => {
+    throw new MillraceError(
+      'invalid_argument',
+      `artifact path ${JSON.stringify(logicalPath)} is refused: it ${rule}`,
+    );
+  };
+  if (
+    logicalPath.startsWith('/') ||
+    path.isAbsolute(logicalPath) ||
+    path.win32.parse(logicalPath).root !== ''
+  ) {
+    refuse('is absolute');
+  }
+  if (logicalPath.includes('\0')) refuse('contains a NUL character');
+  const steps = logicalPath
+    .split(path.sep === '\\' ? /[/\\]/ : '/')
+    .filter((step) => step !== '' && step !== '.');
+  if (steps.length === 0) refuse('is empty');
+  if (steps.includes('..')) refuse('contains ".."');
+  return path.join(...steps);
+}
+
+/** Makes `dir` and checks that no link on the way leads out of `root`. */
+async function mkdirInside(root: string, dir: string, logicalPath: string): Promise<void> {
+  // Step by step, so that nothing is made on the far side of a link before it was looked at.
+  let current = root;
+  for (const step of path.relative(root, dir).split(path.sep)) {
+    if (step === '') continue;
+    current = path.join(current, step);
+    try {
+      await mkdir(current);
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw writeError(logicalPath, error);
+    }
+    const real = await realpath(current);
+    if (real !== root && !real.startsWith(root + path.sep)) {
+      throw new MillraceError(
+        'invalid_argument',
+        `artifact path ${JSON.stringify(logicalPath)} is refused: ${current} is a link that leaves the output folder`,
+      );
+    }
+  }
+}
+
+async function downloadTo(
+  file: string,
+  id: string,
+  { storage, domainId, signal }: DownloadFrom,
+): Promise<{ readonly size: number; readonly digest: string }> {
+  const temporary = path.join(path.dirname(file), `.millrace-${randomUUID()}`);
+  const handle = await open(temporary, 'wx').catch((error: unknown) => {
+    throw writeError(file, error);
+  });
+  try {
+    const hash = createHash('sha256');
+    let received = 0;
+    let expected: { readonly size: number | null; readonly digest: string | null } | null = null;
+    await retrying(signal, async () => {
+      const range = received > 0 ? { start: received } : undefined;
+      const answer = await storage.openRaw(domainId, id, range, { signal });
+      expected ??= { size: answer.size, digest: answer.digest };
+      for await (const chunk of answer.body as AsyncIterable<Buffer>) {
+        await handle.writeFile(chunk);
+        hash.update(chunk);
+        received += chunk.length;
+      }
+    });
+    const digest = `sha256:${hash.digest('hex')}`;
+    const told = (expected as { readonly digest: string | null } | null)?.digest ?? null;
+    if (told !== null && told !== digest) {
+      throw new MillraceError('data_loss', `artifact ${id}: expected ${told}, received ${digest}`);
+    }
+    await handle.close();
+    await rename(temporary, file).catch((error: unknown) => {
+      throw writeError(file, error);
+    });
+    return { size: received, digest };
+  } catch (error) {
+    await handle.close();
+    await rm(temporary, { force: true });
+    throw error;
+  }
+}
+
+function writeError(file: string, error: unknown): MillraceError {
+  return new MillraceError('failed_precondition', `cannot write ${file}; choose another folder with --out`, {
+    cause: error,
+  });
+}
+
+/** Tries again what may succeed, with growing pauses; everything else is thrown at once. */
+async function retrying<T>(signal: AbortSignal, work: (attempt: number) => Promise<T>): Promise<T> {
+  for (let attempt = 0; ; attempt += 1) {
+    try {
+      return await work(attempt);
+    } catch (error) {
+      if (!MillraceError.is(error) || !error.retryable || attempt + 1 >= MAX_TRIES) throw error;
+      const told = error.details['retry_after_ms'];
+      await sleep(
+        systemClock,
+        typeof told === 'number' ? Math.min(told, 30_000) : 200 * 2 ** attempt,
+        signal,
+      );
+    }
+  }
+}
+
+/** A name that nothing else has. */
+export function uniqueDataName(fileName: string): string {
+  return dataName(fileName, randomBytes(6).toString('hex'));
+}
+
+/**
+ * A data name: the file's name in the characters storage allows, then `tag`, with the extension kept at the end, where
+ * runners look for it. At most 128 bytes for a tag of up to 32.
+ */
+function dataName(fileName: string, tag: string): string {
+  const extension = path.extname(fileName);
+  const clean = (text: string, max: number): string => text.replace(/[^A-Za-z0-9._-]/g, '_').slice(0, max);
+  const base = clean(path.basename(fileName, extension), 70) || 'input';
+  return `${base}-${tag}${clean(extension, 20)}`;
+}
+
+/** The reference node's rule: some extensions are types, others get `_data`, none is `binary`. */
+export function dataTypeOf(fileName: string): string {
+  const extension = path.extname(fileName).slice(1).toLowerCase();
+  if (extension === '') return 'binary';
+  if (extension === 'drc') return 'ply_draco';
+  if (['json', 'ply', 'glb', 'obj', 'csv', 'mp4'].includes(extension)) return extension;
+  return `${extension.replace(/[^a-z0-9]/g, '_').slice(0, 100)}_data`;
+}
