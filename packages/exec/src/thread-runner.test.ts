@@ -855,7 +855,7 @@ describe('threads', () => {
       expect(seen.env['PATH']).toBe(process.env['PATH']);
       expect(seen.env).not.toHaveProperty('MILLRACE_TEST_SECRET');
       expect([seen.argv, seen.execArgv]).toEqual([[], []]);
-      expect(seen.data).toEqual(['module', 'loader', 'strayLogBytes']);
+      expect(seen.data).toEqual(['module', 'loader', 'lendsContract', 'strayLogBytes']);
     } finally {
       delete process.env['MILLRACE_TEST_SECRET'];
     }
@@ -1009,6 +1009,18 @@ describe('loading', () => {
     expect(error).toMatchObject({ code, message: expect.stringContaining(path) as string });
     expect(error.message).toMatch(message);
   });
+
+  test.skipIf('typescript' in process.features)(
+    'JavaScript that imports TypeScript is told what to do',
+    async () => {
+      await module('export const a: number = 1;', 'imported.ts');
+      const path = await module('import "./imported.ts";', 'importing.mjs');
+      expect(await failure(openThreadRunner({ module: path }))).toMatchObject({
+        code: 'invalid_argument',
+        message: expect.stringContaining('name the runner module .ts') as string,
+      });
+    },
+  );
 
   test('a file that is not there, not a file or not a module is refused', async () => {
     const refusal = async (path: string | URL): Promise<unknown> =>

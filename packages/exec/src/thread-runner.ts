@@ -1,14 +1,15 @@
 /**
  * A runner module in worker threads, as a {@link Runner}.
  *
- * A thread isolates faults and time: a module that throws, spins, leaks or exits ends as one failed task, and the node's
- * own thread keeps its leases. It does not isolate hostile code. A thread shares the process with the node: it can
- * read what the process can read, `process.kill` and a crash in native code end all of it, and memory outside of
- * the JavaScript heap (ArrayBuffers) has no limit of its own. Run code you do not trust as a subprocess, a container or a
- * compute.
+ * A thread isolates faults and time: a module that throws, spins, leaks or exits ends as one failed task, and
+ * the node's own thread keeps its leases. It does not isolate hostile code. A thread shares the process with
+ * the node: it can read what the process can read, `process.kill` and a crash in native code end all of it,
+ * and memory outside of the JavaScript heap (ArrayBuffers) has no limit of its own. Run code you do not trust
+ * as a subprocess, a container or a compute.
  *
- * Each thread has its own instance of the module, performs one task at a time and keeps the module's state from one task to
- * the next. It is replaced after anything but a clean ending of `run`.
+ * Each thread has its own instance of the module, performs one task at a time and keeps the module's state
+ * from one task to the next. It is replaced when it had to be terminated, ended itself, or threw outside of
+ * `run`; a `run` that rejects costs no thread.
  */
 import { stat } from 'node:fs/promises';
 import { existsSync } from 'node:fs';
@@ -18,6 +19,7 @@ import { MillraceError, TaskAbort, checkCapability, systemClock } from '@millrac
 import type { Clock, Logger, Runner, TaskContext, Timer } from '@millrace/runner';
 import { abortOf } from './thread/context-host.ts';
 import { taskEnvironment } from './thread/environment.ts';
+import { lacksContract } from './thread/contract-fallback.ts';
 import { HeapWatch } from './thread/heap-watch.ts';
 import { loadProblem } from './thread/load-problem.ts';
 import type { ThreadData } from './thread/protocol.ts';
@@ -25,23 +27,28 @@ import { RunnerThread } from './thread/runner-thread.ts';
 
 export interface ThreadRunnerOptions {
   /**
-   * Path (relative to the working directory) or file URL of a module (`.js`, `.mjs`, `.cjs`, `.ts`, `.mts`, `.cts`) whose
-   * default export is a Runner. TypeScript is compiled on the fly, with the tsconfig.json nearest to the module.
+   * Path (relative to the working directory) or file URL of a module (`.js`, `.mjs`, `.cjs`, `.ts`, `.mts`,
+   * `.cts`) whose default export is a Runner. TypeScript is compiled on the fly, with the tsconfig.json
+   * nearest to the module.
    */
   readonly module: string | URL;
   /** Replaces the module's own capability. */
   readonly capability?: string;
   readonly limits?: Partial<ThreadLimits>;
-  /** Threads kept loaded and ready, 1 to 1024. Default 1. More are started when tasks run at the same time. */
+  /**
+   * Threads kept loaded and ready, 1 to 1024. Default 1. More are started when tasks run at the same time.
+   */
   readonly warm?: number;
   /** Idle threads beyond `warm` are closed after this long. Default 60,000 ms. */
   readonly idleMs?: number;
   /**
-   * Environment variables granted to the module. It sees these, and of the node's own only the harmless ones: PATH, HOME,
-   * locale, time zone, temporary folder, NODE_ENV. Default none.
+   * Environment variables granted to the module. It sees these, and of the node's own only the harmless ones:
+   * PATH, HOME, locale, time zone, temporary folder, NODE_ENV. Default none.
    */
   readonly env?: Readonly<Record<string, string>>;
-  /** Hears of what belongs to no task: threads that ended by themselves, late errors, output outside of tasks. */
+  /**
+   * Hears of what belongs to no task: threads that ended by themselves, late errors, output outside of tasks.
+   */
   readonly log?: Logger;
   readonly clock?: Clock;
 }
@@ -49,12 +56,16 @@ export interface ThreadRunnerOptions {
 /** Every limit is on by default; a breach fails the task with an error that names limit and value. */
 export interface ThreadLimits {
   /**
-   * JavaScript heap that stays in use after a garbage collection, 8 to 65,536 MiB. Default 512 MiB. Looked at ten times a
-   * second, also in a thread that never yields; a breach is `resource_exhausted`. A single built-in call that
-   * takes more than another GiB before it returns is the one way past it, and ends the process.
+   * JavaScript heap that stays in use after a garbage collection, 8 to 65,536 MiB. Default 512 MiB. Looked at
+   * ten times a second, also in a thread that never yields; a breach is `resource_exhausted`. A single
+   * built-in call that takes more than another GiB before it returns is the one way past it, and ends the
+   * process.
    */
   readonly memoryMiB: number;
-  /** From start to settling. Default 24 h. The signal aborts with `deadline`; the task fails with `deadline_exceeded`. */
+  /**
+   * From start to settling. Default 24 h. The signal aborts with `deadline`; the task fails with
+   * `deadline_exceeded`.
+   */
   readonly wallMs: number;
   /** From starting a thread to its module being ready. Default 30 s. `deadline_exceeded`. */
   readonly loadMs: number;
@@ -75,8 +86,8 @@ export const DEFAULT_THREAD_LIMITS: ThreadLimits = {
 /** A Runner that owns threads. */
 export interface ThreadRunner extends Runner, AsyncDisposable {
   /**
-   * Ends all threads: modules of idle ones get the grace to `close`, tasks that still run reject with a TaskAbort `shutdown`.
-   * Resolves when every thread is gone. Harmless when repeated.
+   * Ends all threads: modules of idle ones get the grace to `close`, tasks that still run reject with a
+   * TaskAbort `shutdown`. Resolves when every thread is gone. Harmless when repeated.
    */
   close(): Promise<void>;
 }
@@ -101,12 +112,13 @@ const DEFAULT_IDLE_MS = 60_000;
  * - a MillraceError `internal` when the module ended its own thread;
  * - a MillraceError `failed_precondition` when it returned with an upload open.
  *
- * Outputs the module did not await are awaited before `run` resolves; a failure of one that nobody handles is, like any
- * unhandled error while the task runs, the task's failure. After the end it only costs the thread.
+ * Outputs the module did not await are awaited before `run` resolves; a failure of one that nobody handles
+ * is, like any unhandled error while the task runs, the task's failure. After the end it only costs the
+ * thread.
  *
- * @throws MillraceError `invalid_argument` (bad option, not a module, syntax error with its line, no Runner as default
- * export, bad capability), `not_found` (no such file, missing import), `deadline_exceeded` (loading), `resource_exhausted` (memory while loading). The message
- * names the file and what to do.
+ * @throws MillraceError `invalid_argument` (bad option, not a module, syntax error with its line, no Runner
+ * as default export, bad capability), `not_found` (no such file, missing import), `deadline_exceeded`
+ * (loading), `resource_exhausted` (memory while loading). The message names the file and what to do.
  */
 export async function openThreadRunner(options: ThreadRunnerOptions): Promise<ThreadRunner> {
   const path = await modulePath(options.module);
@@ -151,19 +163,22 @@ interface Waiter {
 }
 
 /**
- * The threads of one module. A task takes the idle thread used last, or waits for the first that is free, for which a new
- * one is started: whichever comes first.
+ * The threads of one module. A task takes the idle thread used last, or waits for the first that is free, for
+ * which a new one is started: whichever comes first.
  */
 class ThreadPool implements ThreadRunner {
   capability = '';
   readonly #options: PoolOptions;
   readonly #loader: ThreadData['loader'];
+  readonly #lendsContract: boolean;
   /** What the module itself said; a thread that loads something else is refused. */
   #declared: string | null = null;
   readonly #threads = new Set<RunnerThread>();
   readonly #idle: { readonly thread: RunnerThread; readonly since: number }[] = [];
   readonly #waiters: Waiter[] = [];
   readonly #starts = new Set<Promise<void>>();
+  /** Surplus threads being closed. */
+  readonly #leaving = new Set<Promise<void>>();
   readonly #stopping = new AbortController();
   #reaper: Timer | null = null;
   #closed: Promise<void> | null = null;
@@ -174,6 +189,7 @@ class ThreadPool implements ThreadRunner {
       EXTENSIONS[extname(options.path)] === 'tsx'
         ? { kind: 'tsx', tsconfig: nearestTsconfig(options.path) }
         : { kind: 'node' };
+    this.#lendsContract = lacksContract(options.path);
   }
 
   /** Loads the first thread; the other warm ones follow by themselves. */
@@ -214,6 +230,7 @@ class ThreadPool implements ThreadRunner {
       ...idle.map((thread) => thread.close()),
       ...busy.map((thread) => thread.kill(abort)),
       ...this.#starts,
+      ...this.#leaving,
     ]);
     await HeapWatch.release();
   }
@@ -291,6 +308,7 @@ class ThreadPool implements ThreadRunner {
         {
           module: pathToFileURL(path).href,
           loader: this.#loader,
+          lendsContract: this.#lendsContract,
           env,
           limits,
           clock,
@@ -322,7 +340,10 @@ class ThreadPool implements ThreadRunner {
     this.#refill();
   }
 
-  /** Starts what is missing to have `warm` threads. A start that fails is not tried again before a task needs it. */
+  /**
+   * Starts what is missing to have `warm` threads. A start that fails is not tried again before a task needs
+   * it.
+   */
   #refill(): void {
     if (this.#stopping.signal.aborted) return;
     for (let have = this.#threads.size + this.#starts.size; have < this.#options.warm; have += 1)
@@ -350,7 +371,8 @@ class ThreadPool implements ThreadRunner {
       }
       this.#idle.shift();
       this.#threads.delete(oldest.thread);
-      void oldest.thread.close();
+      const leaving = oldest.thread.close().finally(() => this.#leaving.delete(leaving));
+      this.#leaving.add(leaving);
     }
   }
 }

@@ -1,12 +1,13 @@
 /**
  * Byte streams over a MessagePort, with backpressure, the same code on both sides.
  *
- * The receiver grants credit in bytes and the sender stops when it is used up, so at most {@link WINDOW_BYTES} and one
- * chunk of a stream are under way, whatever its size. The receiver ends a stream early with `stop`, the sender
- * with `fail`. After `end`, `fail` or `stop` the number means nothing any more and messages about it are ignored.
+ * The receiver grants credit in bytes and the sender stops when it is used up, so at most {@link
+ * WINDOW_BYTES} and one chunk of a stream are under way, whatever its size. The receiver ends a stream early
+ * with `stop`, the sender with `fail`. After `end`, `fail` or `stop` the number means nothing any more and
+ * messages about it are ignored.
  *
- * Every chunk is copied once, into memory of its own, and that copy is transferred. Transferring the chunk itself
- * would be cheaper and wrong: it takes the memory away from whoever handed it over, and Node's small
+ * Every chunk is copied once, into memory of its own, and that copy is transferred. Transferring the chunk
+ * itself would be cheaper and wrong: it takes the memory away from whoever handed it over, and Node's small
  * buffers share one block.
  */
 import { Readable } from 'node:stream';
@@ -55,8 +56,8 @@ export class ByteStreams {
   }
 
   /**
-   * Sends everything the source yields. Resolves once it has ended or was stopped, and the source is closed; rejects with what
-   * the source threw, after telling the other side.
+   * Sends everything the source yields. Resolves once it has ended or was stopped, and the source is closed;
+   * rejects with what the source threw, after telling the other side.
    */
   async send(stream: number, source: ByteStream): Promise<void> {
     const outlet: Outlet = {

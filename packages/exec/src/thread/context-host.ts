@@ -1,6 +1,6 @@
 /**
- * The engine's half of a task's context: performs what the runner's thread asks for on the node's own ports, and hands
- * back answers and streams. It lives exactly as long as one `run`.
+ * The engine's half of a task's context: performs what the runner's thread asks for on the node's own ports,
+ * and hands back answers and streams. It lives exactly as long as one `run`.
  *
  * Nothing here trusts the other side to be quick, or to stop asking.
  */
@@ -74,8 +74,9 @@ export class ContextHost {
   }
 
   /**
-   * Ends what the task left under way: streams fail, uploads that were neither finished nor aborted are aborted, calls are
-   * told that nobody waits for them. Resolves when everything the task had to say has been handed on.
+   * Ends what the task left under way: streams fail, uploads that were neither finished nor aborted are
+   * aborted, calls are told that nobody waits for them. Resolves when everything the task had to say has been
+   * handed on.
    */
   async close(): Promise<void> {
     if (this.#closed) return;
@@ -160,7 +161,10 @@ export class ContextHost {
     return null;
   }
 
-  /** Answers once the stream is open; the bytes follow as the runner reads them, and a failure reaches it as the stream's. */
+  /**
+   * Answers once the stream is open; the bytes follow as the runner reads them, and a failure reaches it as
+   * the stream's.
+   */
   async #openRead(id: number, cid: string, signal: AbortSignal): Promise<null> {
     const source = await this.#ctx.input.openRead(cid, { signal });
     if (signal.aborted) {

@@ -1,6 +1,7 @@
 /**
- * The environment of code that runs tasks. The node's own holds its private key and its dispatcher's address, so nothing is
- * inherited but this list: where programs and files are, how text and time are written, and `NODE_ENV`.
+ * The environment of code that runs tasks. The node's own holds its private key and its dispatcher's address,
+ * so nothing is inherited but this list: where programs and files are, how text and time are written, and
+ * `NODE_ENV`.
  */
 const INHERITED: readonly string[] = [
   'PATH',

@@ -1,18 +1,22 @@
 /**
  * Measures the JavaScript heap of worker threads from outside, also while they are busy.
  *
- * A worker's `resourceLimits` alone cannot hold a memory limit: when one allocation overshoots it by more than 16 MiB
- * (an array of numbers that grows, a large Map), V8 ends the whole process, and with it every lease of the node. Tried on
- * Node 20 with a limit of 512 MiB, half of the ordinary ways to leak did that. So V8's own limit is set higher, by
- * {@link HEADROOM_MIB}, and the real one is kept here: the heap is looked at ten times a second, and when it is over, a
- * garbage collection tells whether that is live. The inspector can do both to a thread that never yields.
+ * A worker's `resourceLimits` alone cannot hold a memory limit: when one allocation overshoots it by more
+ * than 16 MiB (an array of numbers that grows, a large Map), V8 ends the whole process, and with it every
+ * lease of the node. Tried on Node 20 with a limit of 512 MiB, half of the ordinary ways to leak did that. So
+ * V8's own limit is set higher, by {@link HEADROOM_MIB}, and the real one is kept here: the heap is looked at
+ * ten times a second, and when it is over, a garbage collection tells whether that is live. The inspector can
+ * do both to a thread that never yields.
  *
  * `worker.getHeapStatistics()` of newer Nodes would do for the first step, but cannot collect.
  */
 import type { Session } from 'node:inspector';
 import type { Clock, Timer } from '@millrace/runner';
 
-/** The largest single allocation V8 makes is about 1 GiB; so much may come on top before the process is in danger. */
+/**
+ * The largest single allocation V8 makes is about 1 GiB; so much may come on top before the process is in
+ * danger.
+ */
 export const HEADROOM_MIB = 1088;
 const SAMPLE_MS = 100;
 const MIB = 1024 * 1024;
@@ -27,7 +31,9 @@ export class HeapWatch {
   readonly #pending = new Map<number, { readonly session: string; resolve(result: unknown): void }>();
   #lastId = 0;
 
-  /** Null where this process has no inspector for workers: inside a worker thread, or a Node built without it. */
+  /**
+   * Null where this process has no inspector for workers: inside a worker thread, or a Node built without it.
+   */
   static open(): Promise<HeapWatch | null> {
     HeapWatch.#shared ??= { opened: HeapWatch.#connect(), users: 0 };
     HeapWatch.#shared.users += 1;
@@ -87,8 +93,9 @@ export class HeapWatch {
 
   /** Bytes of heap in use after a garbage collection; null when the thread is gone. */
   async live(thread: number): Promise<number | null> {
-    // Asking a sampling profile for its result collects garbage at once; `HeapProfiler.collectGarbage` waits for
-    // the thread's event loop, which a busy one never reaches. The interval keeps the profile itself empty.
+    // Asking a sampling profile for its result collects garbage at once; `HeapProfiler.collectGarbage` waits
+    // for the thread's event loop, which a busy one never reaches. The interval keeps the profile itself
+    // empty.
     const steps = [
       this.#call(thread, 'HeapProfiler.startSampling', { samplingInterval: 2 ** 30 }),
       this.#call(thread, 'HeapProfiler.getSamplingProfile'),

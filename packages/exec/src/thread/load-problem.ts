@@ -28,6 +28,12 @@ export async function loadProblem(
       cause: error,
     });
   }
+  if (code === 'ERR_UNKNOWN_FILE_EXTENSION' && message.includes('.ts')) {
+    const advice = 'a JavaScript module can import only JavaScript; name the runner module .ts';
+    return new MillraceError('invalid_argument', `${what} imports TypeScript: ${message}; ${advice}`, {
+      cause: error,
+    });
+  }
   if (name === 'TransformError' || name === 'SyntaxError') {
     const place = name === 'SyntaxError' ? await syntaxErrorPlace(path, error as Error, env) : null;
     // esbuild gives the place itself: a count, then `file:line:column: ERROR: text`.
@@ -47,7 +53,10 @@ export async function loadProblem(
   });
 }
 
-/** `file:line` of a syntax error, or null. V8 tells it only to whoever prints the error, so Node is asked to check. */
+/**
+ * `file:line` of a syntax error, or null. V8 tells it only to whoever prints the error, so Node is asked to
+ * check.
+ */
 async function syntaxErrorPlace(
   path: string,
   error: Error,
@@ -57,7 +66,8 @@ async function syntaxErrorPlace(
   if (told !== null) return told;
   const direct = await checkSyntax(path, env);
   if (direct !== null) return direct;
-  // A .js file in a folder that does not say what it is passes Node 20's check without being looked at as a module.
+  // A .js file in a folder that does not say what it is passes Node 20's check without being looked at as a
+  // module.
   const folder = await mkdtemp(join(tmpdir(), 'millrace-check-'));
   try {
     const copy = join(folder, 'module.mjs');

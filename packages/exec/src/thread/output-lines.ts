@@ -1,8 +1,8 @@
 /**
  * What a module writes to stdout and stderr, as lines for the log of the task that wrote them.
  *
- * It is cut at the source, in the runner's thread: a module that floods its log costs the engine's thread nothing
- * beyond the limit.
+ * It is cut at the source, in the runner's thread: a module that floods its log costs the engine's thread
+ * nothing beyond the limit.
  */
 import { StringDecoder } from 'node:string_decoder';
 import type { Note } from './protocol.ts';
@@ -12,7 +12,10 @@ export type OutputStream = 'stdout' | 'stderr';
 /** Longer lines are broken. */
 export const MAX_LINE_BYTES = 16 * 1024;
 
-/** The output of one task, up to a limit. stdout becomes `info` lines, stderr `warn`, with `stream` as a field. */
+/**
+ * The output of one task, up to a limit. stdout becomes `info` lines, stderr `warn`, with `stream` as a
+ * field.
+ */
 export class OutputLines {
   readonly #limitBytes: number;
   readonly #emit: (note: Note) => void;

@@ -1,12 +1,12 @@
 /**
  * What the engine's thread and a runner's thread say to each other over their private MessagePort.
  *
- * One task at a time per thread. Every message of a task carries its number, so that what a task left behind is never
- * taken for the next one's. `id` pairs a call with its answer and also names the byte stream that belongs to the
- * call; the runner's side numbers them.
+ * One task at a time per thread. Every message of a task carries its number, so that what a task left behind
+ * is never taken for the next one's. `id` pairs a call with its answer and also names the byte stream that
+ * belongs to the call; the runner's side numbers them.
  *
- * The port is taken out of `workerData` before any user code is loaded, so a module cannot reach it: what it posts to
- * `parentPort` goes nowhere.
+ * The port is taken out of `workerData` before any user code is loaded, so a module cannot reach it: what it
+ * posts to `parentPort` goes nowhere.
  */
 import type { MessagePort } from 'node:worker_threads';
 import type { AbortReason, Json, JsonObject, LeaseEnvelope, LogLevel } from '@millrace/runner';
@@ -17,8 +17,12 @@ import type { WireError } from './wire-error.ts';
 export interface ThreadData {
   /** File URL of the module. */
   readonly module: string;
-  /** `tsx` for TypeScript, with the tsconfig.json to use or null for none; plain modules do not pay for it. */
+  /**
+   * `tsx` for TypeScript, with the tsconfig.json to use or null for none; plain modules do not pay for it.
+   */
   readonly loader: { readonly kind: 'node' } | { readonly kind: 'tsx'; readonly tsconfig: string | null };
+  /** The module has no `@millrace/runner` beside it and gets ours. */
+  readonly lendsContract: boolean;
   /** Output kept outside of tasks, in bytes: while loading, and of stragglers. */
   readonly strayLogBytes: number;
   ports?: ThreadPorts;

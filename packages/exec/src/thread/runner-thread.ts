@@ -6,12 +6,12 @@
  *        └──────────────────┴──────────────────┴──▶ gone   (the thread's exit event; nothing comes after it)
  *
  * - `loading`: fails with an error that names the module; the thread is gone by the time it is told.
- * - `running`: ends with `settled`, after which the thread is used again, or with the thread. The first cause of an
- *   ending (abort, limit, stray error, exit, what `run` rejected with) is the one told. A task that was aborted and does not
- *   settle within the grace, that broke a limit or threw outside of `run` ends by termination, and `run` here rejects
- *   only when the exit event has come.
- * - `tainted` is a flag on idle and running: something an earlier task left behind went wrong. Such a thread finishes
- *   what it does and is put away.
+ * - `running`: ends with `settled`, after which the thread is used again, or with the thread. The first cause
+ *   of an ending (abort, limit, stray error, exit, what `run` rejected with) is the one told. A task that was
+ *   aborted and does not settle within the grace, that broke a limit or threw outside of `run` ends by
+ *   termination, and `run` here rejects only when the exit event has come.
+ * - `tainted` is a flag on idle and running: something an earlier task left behind went wrong. Such a thread
+ *   finishes what it does and is put away.
  */
 import { MessageChannel, Worker } from 'node:worker_threads';
 import { MillraceError, TaskAbort } from '@millrace/runner';
@@ -30,6 +30,7 @@ const STRAY_LOG_BYTES = 64 * 1024;
 export interface RunnerThreadOptions {
   readonly module: string;
   readonly loader: ThreadData['loader'];
+  readonly lendsContract: boolean;
   readonly env: Readonly<Record<string, string>>;
   readonly limits: ThreadLimits;
   readonly clock: Clock;
@@ -74,7 +75,8 @@ export class RunnerThread {
   /**
    * Starts a thread and loads the module in it.
    *
-   * @throws what is wrong with the module, without its name, or the signal's TaskAbort; the thread is gone by then
+   * @throws what is wrong with the module, without its name, or the signal's TaskAbort; the thread is gone by
+   * then
    */
   static async start(options: RunnerThreadOptions, signal: AbortSignal): Promise<RunnerThread> {
     const thread = new RunnerThread(options);
@@ -88,7 +90,8 @@ export class RunnerThread {
       );
     }, limits.loadMs);
     let grace: Timer | null = null;
-    // Loading is let finish where it does so soon: terminating a thread while it starts is where V8 has crashed.
+    // Loading is let finish where it does so soon: terminating a thread while it starts is where V8 has
+    // crashed.
     const onAbort = (): void => {
       grace = clock.setTimer(() => thread.#end(abortOf(signal)), limits.graceMs);
     };
@@ -121,12 +124,13 @@ export class RunnerThread {
     const data: ThreadData = {
       module: options.module,
       loader: options.loader,
+      lendsContract: options.lendsContract,
       strayLogBytes: STRAY_LOG_BYTES,
       ports: { main: main.port2, token: token.port2, flags: this.#flags },
     };
     const { memoryMiB } = options.limits;
-    // The name of the compiled file on purpose: a string is not rewritten when this is compiled, and a worker starts from what
-    // was.
+    // The name of the compiled file on purpose: a string is not rewritten when this is compiled, and a worker
+    // starts from what was.
     this.#worker = new Worker(new URL('./worker.js', import.meta.url), {
       name: 'millrace-runner',
       workerData: data,
@@ -176,10 +180,13 @@ export class RunnerThread {
   }
 
   /**
-   * Performs one attempt. Not concurrent. Resolves and rejects as the contract of Runner says, and rejects with the cause when
-   * the task was ended from outside: the TaskAbort of the context's signal, or a MillraceError that names the limit.
+   * Performs one attempt. Not concurrent. Resolves and rejects as the contract of Runner says, and rejects
+   * with the cause when the task was ended from outside: the TaskAbort of the context's signal, or a
+   * MillraceError that names the limit.
    */
   run(ctx: TaskContext): Promise<void> {
+    // It may have aborted while the thread was being found.
+    if (ctx.signal.aborted) return Promise.reject(abortOf(ctx.signal));
     const { limits, clock, log } = this.#options;
     const task = ++this.#lastTask;
     const host = new ContextHost(ctx, task, (message, transfer) => this.#post(message, transfer), log);
@@ -222,7 +229,8 @@ export class RunnerThread {
     if (cause && this.#current) this.#current.cause ??= cause;
     if (!this.#killed && !this.#ended) {
       this.#killed = true;
-      // Terminating interrupts JavaScript and WebAssembly anywhere; native code has to return first, and may not.
+      // Terminating interrupts JavaScript and WebAssembly anywhere; native code has to return first, and may
+      // not.
       const { clock, limits, log } = this.#options;
       const late = clock.setTimer(
         () => log?.error('a runner thread does not end: native code in it does not return', this.#fields()),

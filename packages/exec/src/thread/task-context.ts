@@ -1,9 +1,10 @@
 /**
  * The runner's half of a task's context: a TaskContext whose ports are calls to the engine's thread.
  *
- * Calls on `input` and `output` are answered one by one; `progress`, `logEvent` and log lines are notes: sent in
- * order, not answered, at most one batch under way. A runner that tells faster than the node listens has its progress
- * values merged and, if it does not await, its events and lines beyond {@link MAX_PENDING_NOTES} dropped and counted.
+ * Calls on `input` and `output` are answered one by one; `progress`, `logEvent` and log lines are notes: sent
+ * in order, not answered, at most one batch under way. A runner that tells faster than the node listens has
+ * its progress values merged and, if it does not await, its events and lines beyond {@link MAX_PENDING_NOTES}
+ * dropped and counted.
  */
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import type { Readable } from 'node:stream';
@@ -123,9 +124,9 @@ export class ThreadTask {
   }
 
   /**
-   * Waits for output calls the runner did not await: an artifact it asked for is stored, or its failure is seen, before the
-   * task counts as done. An upload left open is an error, for its bytes would be lost without a word. A task that was
-   * aborted has its ending, and is not waited for.
+   * Waits for output calls the runner did not await: an artifact it asked for is stored, or its failure is
+   * seen, before the task counts as done. An upload left open is an error, for its bytes would be lost
+   * without a word. A task that was aborted has its ending, and is not waited for.
    *
    * @throws MillraceError `failed_precondition`
    */
@@ -203,8 +204,8 @@ export class ThreadTask {
     const { flags } = this.#ports;
     return {
       isCancelled: async () => {
-        // Read from shared memory, so that a loop which never waits for anything but this still learns of it. The reason
-        // follows by message, hence the turn of the event loop.
+        // Read from shared memory, so that a loop which never waits for anything but this still learns of it.
+        // The reason follows by message, hence the turn of the event loop.
         const aborted = (): boolean => Atomics.load(flags, FLAG.abortedTask) === this.task;
         while (aborted() && !this.#abort.signal.aborted && !this.#closed) await nextTurn();
         return this.#abort.signal.aborted;
@@ -240,8 +241,8 @@ export class ThreadTask {
   }
 
   /**
-   * Asks the engine's thread and blocks for the answer, because `get` is synchronous and a token pushed beforehand could
-   * be one rotation too old.
+   * Asks the engine's thread and blocks for the answer, because `get` is synchronous and a token pushed
+   * beforehand could be one rotation too old.
    */
   #token(): string {
     if (this.#closed) throw portsClosed();
@@ -299,7 +300,9 @@ export class ThreadTask {
     return await this.#limited(() => this.#call(call(bytes), undefined, [bytes.buffer]));
   }
 
-  /** Not limited in number: what a stream yields may itself depend on other calls, which then could not start. */
+  /**
+   * Not limited in number: what a stream yields may itself depend on other calls, which then could not start.
+   */
   async #sendStream(call: Call, source: ByteStream): Promise<unknown> {
     if (this.#closed) throw portsClosed();
     const id = ++lastCall;
@@ -334,7 +337,10 @@ export class ThreadTask {
     };
   }
 
-  /** An output call that is waited for before the task counts as done. Starts at once, so bytes are copied as they are now. */
+  /**
+   * An output call that is waited for before the task counts as done. Starts at once, so bytes are copied as
+   * they are now.
+   */
   async #output<T>(start: () => Promise<T>): Promise<T> {
     let over: () => void = () => undefined;
     const pending = new Promise<void>((resolve) => (over = resolve));

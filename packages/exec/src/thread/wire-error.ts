@@ -1,7 +1,7 @@
 /**
- * Anything thrown, as a value that can be posted to another thread, and back. Reading a thrown value is itself
- * dangerous (getters that throw, proxies, `toString` that loops through both), so every access is guarded and every
- * text has a bound.
+ * Anything thrown, as a value that can be posted to another thread, and back. Reading a thrown value is
+ * itself dangerous (getters that throw, proxies, `toString` that loops through both), so every access is
+ * guarded and every text has a bound.
  */
 import { inspect } from 'node:util';
 import { ERROR_CODES, MillraceError, TaskAbort } from '@millrace/runner';
@@ -59,9 +59,9 @@ function encode(thrown: unknown, depth: number): WireError {
 }
 
 /**
- * The error again: a MillraceError is one, with code, details and causes; any other keeps its name, message, stack
- * and code. An abort becomes a TaskAbort only when `trustAborts` says so: the engine decides from a TaskAbort what to
- * report, so a module's thread must not be able to make one up.
+ * The error again: a MillraceError is one, with code, details and causes; any other keeps its name, message,
+ * stack and code. An abort becomes a TaskAbort only when `trustAborts` says so: the engine decides from a
+ * TaskAbort what to report, so a module's thread must not be able to make one up.
  */
 export function decodeError(wire: WireError, options: { readonly trustAborts?: boolean } = {}): Error {
   const error = rebuild(wire, options);

@@ -1,9 +1,9 @@
 /**
  * The entry of a runner's thread: loads one module, then performs one task after the other.
  *
- * Errors no `run` rejects with (a throw in a timer, a rejection nobody handles) are caught here and reported with the
- * task they belong to, found through the async context they came from. So what an earlier task left behind cannot fail
- * the one that runs now, and the engine can put the thread away afterwards.
+ * Errors no `run` rejects with (a throw in a timer, a rejection nobody handles) are caught here and reported
+ * with the task they belong to, found through the async context they came from. So what an earlier task left
+ * behind cannot fail the one that runs now, and the engine can put the thread away afterwards.
  */
 import { AsyncLocalStorage } from 'node:async_hooks';
 import { setImmediate as nextTurn } from 'node:timers/promises';
@@ -50,7 +50,8 @@ ports.main.on('message', (message: ToThread) => {
   else running?.task.handle(message);
 });
 
-// Not awaited here: V8 ends the process when a thread is terminated just as a module with top-level await is entered.
+// Not awaited here: V8 ends the process when a thread is terminated just as a module with top-level await is
+// entered.
 void start();
 
 async function start(): Promise<void> {
@@ -64,6 +65,10 @@ async function start(): Promise<void> {
 
 async function load(): Promise<Runner> {
   process.setSourceMapsEnabled(true);
+  if (data.lendsContract) {
+    const { provideContract } = await import('./contract-fallback.ts');
+    provideContract();
+  }
   if (data.loader.kind === 'tsx') await registerTypeScript(data.loader.tsconfig);
   const exported = (await import(data.module)) as { readonly default?: unknown };
   // A CommonJS module compiled from `export default` arrives with its exports as the default.
@@ -72,9 +77,9 @@ async function load(): Promise<Runner> {
 }
 
 /**
- * TypeScript through tsx: type stripping of newer Nodes knows neither enums nor tsconfig paths, and one behaviour on
- * every Node is worth its 200 ms. Both of its halves are needed: a .ts file in a folder whose package.json does not say
- * `"type": "module"` is CommonJS to it.
+ * TypeScript through tsx: type stripping of newer Nodes knows neither enums nor tsconfig paths, and one
+ * behaviour on every Node is worth its 200 ms. Both of its halves are needed: a .ts file in a folder whose
+ * package.json does not say `"type": "module"` is CommonJS to it.
  */
 async function registerTypeScript(tsconfig: string | null): Promise<void> {
   if (tsconfig !== null) process.env['TSX_TSCONFIG_PATH'] = tsconfig;
@@ -123,7 +128,8 @@ async function run(message: Extract<ToThread, { t: 'run' }>): Promise<void> {
   } catch (thrown) {
     failure = encodeError(thrown);
   }
-  // A rejection that nobody handled is announced within this turn, and so before the end of the task it belongs to.
+  // A rejection that nobody handled is announced within this turn, and so before the end of the task it
+  // belongs to.
   await nextTurn();
   output.end();
   task.close();
