@@ -218,6 +218,7 @@ edges: [{ from: one, to: two }]
 
   test('Ctrl-C cancels a runner that holds its thread; exit code 3, nothing left', async () => {
     await write('spin.mjs', SPIN);
+    await write('millrace.config.json', '{"limits":{"graceMs":200}}');
     const begun = path.join(place.cwd, 'begun');
     await using program = new Program(
       ['run', 'spin.mjs', '--meta', JSON.stringify({ begun }), '--json'],
@@ -234,6 +235,7 @@ edges: [{ from: one, to: two }]
 
   test('--timeout cancels the job and is a failure', async () => {
     await write('spin.mjs', SPIN);
+    await write('millrace.config.json', '{"limits":{"graceMs":200}}');
     const meta = JSON.stringify({ begun: path.join(place.cwd, 'begun') });
     const { code, stdout } = await millrace(
       ['run', 'spin.mjs', '--meta', meta, '--timeout', '500ms', '--json'],
@@ -326,13 +328,21 @@ describe('millrace up', () => {
     expect((await ask(['jobs'], place)).code).toBe(4);
   });
 
-  test('is one per data folder', async () => {
+  test('is one per data folder, and a reader that leaves early is no error', async () => {
     const { program, url } = await up();
     await using _ = program;
     const second = await millrace(['up', '--port', '0'], place);
     expect(second.code).toBe(2);
-    expect(second.stderr).toContain(`a dispatcher runs on`);
+    expect(second.stderr).toMatch(/a dispatcher runs on .* already/);
     expect(second.stderr).toContain(url);
+
+    const bin = fileURLToPath(new URL('../bin/millrace.js', import.meta.url));
+    const jobs = `"${process.execPath}" "${bin}" jobs`;
+    const { stdout, stderr } = await promisify(execFile)('sh', ['-c', `${jobs} | true; ${jobs} | head -1`], {
+      cwd: place.cwd,
+      env: { PATH: process.env['PATH'] ?? '', HOME: place.home },
+    });
+    expect([stdout, stderr]).toEqual(['no jobs yet; "millrace submit job.yaml" makes one\n', '']);
   });
 
   test('keeps its jobs and its node over a restart', async () => {
@@ -357,6 +367,7 @@ describe('millrace up', () => {
 
   test('a second signal aborts what the first one waits for', async () => {
     await write('spin.mjs', SPIN);
+    await write('millrace.config.json', '{"limits":{"graceMs":200}}');
     const begun = path.join(place.cwd, 'begun');
     await write('job.json', JSON.stringify({ tasks: [{ capability: '/test/spin/v1', meta: { begun } }] }));
     const { program } = await up('spin.mjs');
@@ -368,18 +379,6 @@ describe('millrace up', () => {
     program.signal('SIGINT');
     await program.printed('stderr', /aborting 1 running task/);
     expect((await program.ended).code).toBe(0);
-  });
-
-  test('a reader that leaves early is not an error', async () => {
-    const { program } = await up();
-    await using _ = program;
-    const bin = fileURLToPath(new URL('../bin/millrace.js', import.meta.url));
-    const { stdout, stderr } = await promisify(execFile)(
-      'sh',
-      ['-c', `"${process.execPath}" "${bin}" jobs | true; "${process.execPath}" "${bin}" jobs | head -1`],
-      { cwd: place.cwd, env: { PATH: process.env['PATH'] ?? '', HOME: place.home } },
-    );
-    expect([stdout, stderr]).toEqual(['no jobs yet; "millrace submit job.yaml" makes one\n', '']);
   });
 });
 

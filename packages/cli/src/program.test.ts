@@ -7,6 +7,8 @@ import { ask, makePlace, type Place } from './program.test.support.ts';
 let place: Place;
 beforeAll(async () => {
   place = await makePlace();
+  await write('here.mjs', 'export default {};');
+  await write('here.yaml', 'tasks: [{ capability: /x/v1 }]');
 });
 afterAll(() => place[Symbol.asyncDispose]());
 
@@ -55,6 +57,14 @@ describe('usage', () => {
     [['run'], /missing required argument/],
     [['run', 'photo.jpg'], /neither a runner module .* nor a job file/],
     [['run', 'none.ts'], /runner module .*none\.ts cannot be read/],
+    [['run', 'here.mjs', '--input', 'none.jpg'], /cannot read the input .*none\.jpg/],
+    [['run', 'here.mjs', '--input', '-', '--input', '-'], /stdin \(-\) can be only one input/],
+    [['run', 'here.mjs', '--meta', '{size: 1}'], /--meta is not JSON/],
+    [['run', 'here.mjs', '--meta', '@none.json'], /--meta: cannot read .*none\.json/],
+    [['run', 'here.mjs', '--timeout', 'soon'], /--timeout must be a duration/],
+    [['run', 'here.mjs', '--runner', 'here.mjs'], /--runner belongs to a job file/],
+    [['run', 'here.yaml'], /nothing here can run here\.yaml: name runner modules with --runner/],
+    [['run', 'here.yaml', '--label', 'x'], /--meta and --label belong to a runner module/],
     [['jobs', '--limit', '0'], /--limit must be an integer from 1 to 1000, got "0"/],
     [['jobs', '--status', 'done'], /--status must be one of pending, .*, got "done"/],
     [['up', '--port', '70000'], /--port must be an integer from 0 to 65535, got "70000"/],

@@ -1,8 +1,10 @@
 export { DEFAULT_LIMITS, openDispatcher } from './server.ts';
 export type { Dispatcher, DispatcherLimits, DispatcherOptions } from './dispatcher.ts';
 export { openSqliteStore } from './stores/sqlite.ts';
+export type { SqliteStoreOptions } from './stores/sqlite.ts';
 export { openFileBlobs } from './blobs/files.ts';
 export { parseJobSpec } from './job-spec.ts';
+export type { JobSpecOptions } from './job-spec.ts';
 export type { BlobInfo, BlobStore, PutOptions } from './blobs.ts';
 export { JOB_STATUSES, TASK_STATUSES } from './records.ts';
 export type {

@@ -124,8 +124,8 @@ export function parseStageReference(
     : { stage: rest.slice(0, slash), glob: rest.slice(slash + 1) || null };
 }
 
-// eslint-disable-next-line no-control-regex -- control characters are exactly what is refused
-const CONTROL = /[\u0000-\u001f\u007f]/;
+// eslint-disable-next-line no-control-regex -- control characters are exactly what is refused; so are halves of characters, which no UTF-8 can hold
+const UNPRINTABLE = /[\u0000-\u001f\u007f]|\p{Surrogate}/u;
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/i;
 const RFC3339 = /^\d{4}-\d{2}-\d{2}[Tt]\d{2}:\d{2}:\d{2}(?:\.\d+)?(?:[Zz]|[+-]\d{2}:\d{2})$/;
 
@@ -134,7 +134,7 @@ function schema({ maxTasks, now }: JobSpecOptions) {
     const rule = `must be a string of ${minBytes} to ${maxBytes} bytes without control characters`;
     return z.string(rule).refine((value) => {
       const bytes = Buffer.byteLength(value);
-      return bytes >= minBytes && bytes <= maxBytes && !CONTROL.test(value);
+      return bytes >= minBytes && bytes <= maxBytes && !UNPRINTABLE.test(value);
     }, rule);
   };
   const integer = (rule: string, min: number, max: number) =>
@@ -374,7 +374,17 @@ function ancestry(
 }
 
 function problem(path: string, rule: string, value: unknown): string {
-  return `${path} ${rule}, got ${value === undefined ? 'nothing' : clip(JSON.stringify(value) ?? typeof value)}`;
+  return `${path} ${rule}, got ${shown(value)}`;
+}
+
+function shown(value: unknown): string {
+  if (value === undefined) return 'nothing';
+  try {
+    return clip(JSON.stringify(value) ?? typeof value);
+  } catch {
+    // A program may hand over what no JSON text can hold, such as a BigInt or a cycle.
+    return typeof value === 'object' ? 'an object that is not JSON' : typeof value;
+  }
 }
 
 function clip(text: string): string {

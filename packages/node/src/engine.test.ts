@@ -148,7 +148,9 @@ describe('leasing', () => {
   test('asks for as many as there are free slots, in one waiting request, and never without a free slot', async () => {
     const work = queue();
     const b = await bench({ features: OURS, maxConcurrency: 3, script: { lease: work.lease } });
-    expect(b.dms.of('lease')).toEqual([{ name: 'lease', max: 3, waitSecs: 30, start: true }]);
+    expect(b.dms.of('lease')).toEqual([
+      { name: 'lease', max: 3, waitSecs: 30, start: true, capabilities: ['/examples/hello/v1'] },
+    ]);
     work.give(lease(1), lease(2));
     await b.clock.advance(0);
     expect(b.working.size).toBe(2);
@@ -179,7 +181,9 @@ describe('leasing', () => {
   test('asks a server without batches for one at a time', async () => {
     const work = queue();
     const b = await bench({ maxConcurrency: 3, script: { lease: work.lease } });
-    expect(b.dms.of('lease')).toEqual([{ name: 'lease', max: 1, waitSecs: 0, start: false }]);
+    expect(b.dms.of('lease')).toEqual([
+      { name: 'lease', max: 1, waitSecs: 0, start: false, capabilities: ['/examples/hello/v1'] },
+    ]);
     work.give(lease(1, false), lease(2, false));
     await b.clock.advance(0);
     expect(b.dms.of('lease').map(({ max }) => max)).toEqual([1, 1, 1]);

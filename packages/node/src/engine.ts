@@ -149,7 +149,7 @@ export class Engine {
   }
 
   async #lease(): Promise<void> {
-    const { dms, clock, random, log, maxConcurrency } = this.#options;
+    const { dms, clock, random, log, maxConcurrency, router } = this.#options;
     const signal = this.#draining.signal;
     let failures = 0;
     let known = false;
@@ -174,7 +174,12 @@ export class Engine {
         const { longPollSecs, batchItems, startOnLease } = this.#features;
         const waitSecs = Math.min(LONG_POLL_SECS, longPollSecs);
         const askedAt = clock.monotonic();
-        const request = { max: Math.min(free, Math.max(1, batchItems)), waitSecs, start: startOnLease };
+        const request = {
+          max: Math.min(free, Math.max(1, batchItems)),
+          waitSecs,
+          start: startOnLease,
+          capabilities: router.capabilities,
+        };
         const result = await this.#call('lease', waitSecs * 1000, (callSignal) =>
           dms.lease(request, { signal: callSignal }),
         );

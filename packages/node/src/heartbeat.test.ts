@@ -72,12 +72,16 @@ function bench(
     ttlMs?: number | null;
     leaseIds?: boolean;
     latencyMs?: number;
+    /** How far the server's clock is ahead, if it tells. */
+    aheadMs?: number;
     answer?: (count: number, signal: AbortSignal) => Partial<HeartbeatReply> | Promise<never>;
   } = {},
 ): Bench {
-  const { ttlMs = 20_000, leaseIds = false, latencyMs = 0, answer } = options;
+  const { ttlMs = 20_000, leaseIds = false, latencyMs = 0, aheadMs, answer } = options;
   const clock = new SimulatedClock();
-  const expiry = (): string | null => (ttlMs === null ? null : new Date(clock.now() + ttlMs).toISOString());
+  const serverTimeMs = (): number | null => (aheadMs === undefined ? null : clock.now() + aheadMs);
+  const expiry = (): string | null =>
+    ttlMs === null ? null : new Date(clock.now() + (aheadMs ?? 0) + ttlMs).toISOString();
   const sent: Bench['sent'] = [];
   const aborts: TaskAbort[] = [];
   const dms = new ScriptedDms(clock, {
@@ -85,13 +89,14 @@ function bench(
     async heartbeat(body, signal) {
       sent.push({ at: clock.monotonic(), ...body });
       const told = (await answer?.(sent.length, signal)) ?? {};
-      return reply({ lease_expires_at: expiry(), ...told });
+      return reply({ lease_expires_at: expiry(), serverTimeMs: serverTimeMs(), ...told });
     },
   });
   const hearts = new Heartbeats({
     dms,
     lease: { taskId: 'task', leaseId: leaseIds ? 'lease' : null },
     leaseExpiresAt: expiry(),
+    serverTimeMs: serverTimeMs(),
     settings: SETTINGS,
     leaseIds,
     clock,
@@ -312,6 +317,47 @@ describe('Heartbeats', () => {
       await clock.advance(1);
       expect(aborts.length).toBe(1);
     }
+  });
+
+  test.each([3_600_000, -3_600_000])(
+    'a clock that differs by %i ms from the one the server tells changes nothing',
+    async (aheadMs) => {
+      const { clock, hearts, sent, aborts } = bench({ aheadMs });
+      hearts.start();
+      await clock.advance(100_000);
+      // 20 s each, renewed after 5 to 7.
+      expect(sent.length).toBeGreaterThanOrEqual(14);
+      expect(sent.length).toBeLessThanOrEqual(20);
+      expect(aborts).toEqual([]);
+      await hearts.close();
+    },
+  );
+
+  test('a difference of five seconds is taken for the network', async () => {
+    for (const [aheadMs, endsAt] of [
+      [5_000, 25_000],
+      [5_001, 20_000],
+    ] as const) {
+      const { clock, hearts, aborts } = bench({ aheadMs, answer: down });
+      hearts.start();
+      await clock.advance(endsAt - 1);
+      expect(aborts).toEqual([]);
+      await clock.advance(1);
+      expect(aborts.length).toBe(1);
+    }
+  });
+
+  test('an answer that is too long is retried, and what was said is not dropped for it', async () => {
+    const tooLong = (n: number): Partial<HeartbeatReply> | Promise<never> =>
+      n === 1
+        ? Promise.reject(new MillraceError('resource_exhausted', 'too long', { details: { status: 200 } }))
+        : {};
+    const { clock, hearts, sent } = bench({ answer: tooLong });
+    hearts.start();
+    hearts.event('one');
+    await clock.advance(2_000);
+    expect(sent.map(({ events }) => events)).toEqual([['one'], ['one']]);
+    await hearts.close();
   });
 
   test('an expiry that is always past is renewed in steps of 500 ms', async () => {

@@ -10,8 +10,9 @@
  * - Trouble on the way (transport, 5xx, 429, 401, undecodable answers) is retried with growing pauses until the
  *   lease's deadline. 404, 409 and 410 mean the lease is gone. A body the server will never take is dropped, counted
  *   and told, and the lease goes on without it: what a runner says cannot cost it the lease.
- * - The expiry is a wall-clock time of the server's; it is turned into a span when it arrives, and from there
- *   on the monotonic clock counts, so no jump of the machine's clock ends or stretches a lease.
+ * - The expiry is a wall-clock time of the server's; it is turned into a span when it arrives, by the server's clock if
+ *   that shows ours to be wrong, and from there on the monotonic clock counts: neither a wrong clock of this machine
+ *   nor a jump of it ends or stretches a lease.
  */
 import {
   MillraceError,
@@ -27,6 +28,7 @@ import {
 } from '@millrace/runner';
 import { timestampMs } from '@millrace/runner/decode';
 import type { Dms, HeartbeatReply, LeaseHandle } from '@millrace/dispatch/client';
+import { clockErrorMs } from './clock-error.ts';
 import { attemptTimeoutMs, backoffMs, callWithin, isBodyRefused, isLeaseGone } from './retry.ts';
 
 export interface HeartbeatSettings {
@@ -84,6 +86,8 @@ export interface HeartbeatOptions {
   readonly lease: LeaseHandle;
   /** From the lease. */
   readonly leaseExpiresAt: string | null;
+  /** The server's clock when it gave the lease. Null: not told. */
+  readonly serverTimeMs?: number | null;
   readonly settings: HeartbeatSettings;
   /**
    * True for a server that knows leases by id: it is not told progress it has already, and a cancelled lease is
@@ -156,7 +160,7 @@ export class Heartbeats {
     this.#options = options;
     this.#lease = options.lease;
     this.#leaseExpiresAt = options.leaseExpiresAt;
-    this.#rearm();
+    this.#rearm(options.serverTimeMs);
   }
 
   /** Names the lease as the last answer did. */
@@ -419,7 +423,7 @@ export class Heartbeats {
     const taskId = reply.task?.id ?? reply.task_id;
     if (taskId !== null && taskId !== this.#lease.taskId) this.#lease = { ...this.#lease, taskId };
     this.#leaseExpiresAt = reply.lease_expires_at ?? this.#leaseExpiresAt;
-    this.#rearm();
+    this.#rearm(reply.serverTimeMs);
     this.#options.onReply(reply);
     if (this.#canceled) return;
     if (reply.cancel === true || (reply.status !== null && ENDED_STATUSES.includes(reply.status))) {
@@ -430,9 +434,9 @@ export class Heartbeats {
     }
   }
 
-  #rearm(): void {
+  #rearm(serverTimeMs: number | null = null): void {
     const { clock, random, settings } = this.#options;
-    const wall = clock.now();
+    const wall = clock.now() + clockErrorMs(clock, serverTimeMs);
     const now = clock.monotonic();
     const delay = heartbeatDelayMs(this.#leaseExpiresAt, wall, settings, random);
     if (this.#leaseExpiresAt === null || delay === null) {

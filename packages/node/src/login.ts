@@ -23,6 +23,7 @@ import {
   type Dds,
   type TokenSource,
 } from '@millrace/dispatch/client';
+import { clockErrorMs } from './clock-error.ts';
 import type { NodeConfig } from './config.ts';
 import { retryAfterOf, transientBackoffMs } from './dds-backoff.ts';
 import { waitFor } from './wait-for.ts';
@@ -52,9 +53,6 @@ export interface Login extends TokenSource, AsyncDisposable {
   /** Drops the token, ends a login under way and the waiting calls. Resolves when the login has ended. */
   close(): Promise<void>;
 }
-
-/** A difference to the service's clock beyond this is a wrong clock and not the network. */
-const CLOCK_TOLERANCE_MS = 5_000;
 
 /** The background does not log in more often than this, however short-lived the tokens are. */
 const MIN_REFRESH_PAUSE_MS = 1_000;
@@ -173,13 +171,11 @@ class DdsLogin implements Login {
       });
 
     const now = this.#clock.monotonic();
-    const wallNow = this.#clock.now();
-    const serverNow = answer.serverTimeMs ?? wallNow;
-    let ttl = answer.expiresAtMs - wallNow;
-    if (Math.abs(serverNow - wallNow) > CLOCK_TOLERANCE_MS) {
-      ttl = answer.expiresAtMs - serverNow;
-      log.warn('the clock of this machine differs from the service; set it, leases are timed by it', {
-        behind_ms: Math.round(serverNow - wallNow),
+    const behindMs = clockErrorMs(this.#clock, answer.serverTimeMs);
+    const ttl = answer.expiresAtMs - (this.#clock.now() + behindMs);
+    if (behindMs !== 0) {
+      log.warn('the clock of this machine is wrong by that of the service, which is used instead; set it', {
+        behind_ms: Math.round(behindMs),
       });
     }
     if (!(ttl > 0)) {

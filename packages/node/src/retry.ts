@@ -66,8 +66,9 @@ export function isLeaseGone(error: unknown): boolean {
 
 /** The server understood the request and will never take this body (400, 413, 422). */
 export function isBodyRefused(error: unknown): boolean {
-  return (
-    MillraceError.is(error) &&
-    (error.code === 'invalid_argument' || (error.code === 'resource_exhausted' && !error.retryable))
-  );
+  if (!MillraceError.is(error)) return false;
+  // An answer that was too long to read has a status too, and that is a success.
+  const { status } = error.details;
+  if (typeof status === 'number' && status < 400) return false;
+  return error.code === 'invalid_argument' || (error.code === 'resource_exhausted' && !error.retryable);
 }

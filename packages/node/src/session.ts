@@ -166,7 +166,7 @@ export class Session {
   #timers: Timer[] = [];
 
   constructor(received: ReceivedLease, world: SessionWorld) {
-    const { envelope, leaseId } = received;
+    const { envelope, leaseId, serverTimeMs = null } = received;
     const { task } = envelope;
     this.leaseId = leaseId;
     this.grantedAt = world.clock.monotonic();
@@ -187,6 +187,7 @@ export class Session {
       dms: world.dms,
       lease: { taskId: task.id, leaseId },
       leaseExpiresAt: envelope.lease_expires_at,
+      serverTimeMs,
       settings: world.heartbeat,
       leaseIds: world.features.leaseIds,
       clock: world.clock,
@@ -289,6 +290,7 @@ export class Session {
   async #work(runner: Runner, storage: SessionStorage): Promise<SessionEnding> {
     const { clock, metrics, taskWallMs, abandoned } = this.#world;
     this.#enter('running');
+    this.#log.info('task started');
     metrics.recordTaskStarted(runner.capability);
     const startedAt = clock.monotonic();
     this.#timers.push(
@@ -385,7 +387,11 @@ export class Session {
   }
 
   #logEnding(ending: SessionEnding, report: Report | null, error: unknown): void {
-    const fields: JsonObject = { ending: ending.kind, delivery: ending.delivery };
+    const fields: JsonObject = {
+      ending: ending.kind,
+      delivery: ending.delivery,
+      duration_ms: Math.round(this.#world.clock.monotonic() - this.grantedAt),
+    };
     if (error !== undefined) fields['error'] = describeError(error);
     if (report?.kind === 'release' && ending.delivery === null && ending.kind !== 'lease_lost') {
       fields['note'] = 'the dispatcher offers no release, so the lease is left to lapse';

@@ -7,7 +7,7 @@ import { action, examples, type Session } from '../command.ts';
 import { EXIT, type ExitCode } from '../exit-codes.ts';
 import type { CommandContext } from '../io.ts';
 import type { Paint } from '../terminal.ts';
-import { oneLine, table } from '../text-width.ts';
+import { oneLine, table, type Column } from '../text-width.ts';
 import { formatDuration, formatTime, parseInteger } from '../units.ts';
 
 const STATUSES = ['pending', 'running', 'completed', 'failed', 'canceled'] as const;
@@ -197,6 +197,31 @@ function showLines(
   artifacts: readonly { readonly path: string }[],
 ): string[] {
   const { job, tasks, receipts } = detail;
+  const rows = tasks.map((task) => {
+    const receipt = receipts.findLast((each) => each.task_id === task.id);
+    const nodeId = task.reserved_by ?? receipt?.node_id ?? null;
+    return [
+      taskName(task),
+      statusText(task.status, paint),
+      `${task.attempts}/${task.max_attempts}`,
+      receipt === undefined
+        ? '-'
+        : formatDuration(Date.parse(receipt.created_at) - Date.parse(receipt.leased_at)),
+      nodeId === null ? '-' : (nodes.get(nodeId) ?? nodeId),
+      task.status === 'queued' && task.deps_remaining > 0
+        ? `waits for ${task.deps_remaining} earlier ${task.deps_remaining === 1 ? 'stage' : 'stages'}`
+        : oneLine(task.reason ?? ''),
+    ];
+  });
+  const columns: Column[] = [
+    { title: 'TASK' },
+    { title: 'STATUS' },
+    { title: 'ATTEMPTS', align: 'right' },
+    { title: 'TOOK', align: 'right' },
+    { title: 'NODE' },
+    // A column only for what has a reason.
+    ...(rows.some((row) => row[5] !== '') ? [{ title: 'WHY' }] : []),
+  ];
   const lines = [
     `${paint.bold(oneLine(job.label))}  ${statusText(job.status, paint)}${job.cancel_requested_at !== null && (job.status === 'running' || job.status === 'pending') ? ' (canceling)' : ''}`,
     `  id         ${job.id}`,
@@ -204,33 +229,7 @@ function showLines(
     `  changed    ${formatTime(job.updated_at, nowMs)}`,
     ...(job.deadline_at === null ? [] : [`  deadline   ${formatTime(job.deadline_at, nowMs)}`]),
     '',
-    ...table(
-      [
-        { title: 'TASK' },
-        { title: 'STATUS' },
-        { title: 'ATTEMPTS', align: 'right' },
-        { title: 'TOOK', align: 'right' },
-        { title: 'NODE' },
-        { title: 'WHY' },
-      ],
-      tasks.map((task) => {
-        const receipt = receipts.findLast((each) => each.task_id === task.id);
-        const nodeId = task.reserved_by ?? receipt?.node_id ?? null;
-        return [
-          taskName(task),
-          statusText(task.status, paint),
-          `${task.attempts}/${task.max_attempts}`,
-          receipt === undefined
-            ? '-'
-            : formatDuration(Date.parse(receipt.created_at) - Date.parse(receipt.leased_at)),
-          nodeId === null ? '-' : (nodes.get(nodeId) ?? nodeId),
-          task.status === 'queued' && task.deps_remaining > 0
-            ? `waits for ${task.deps_remaining} earlier ${task.deps_remaining === 1 ? 'stage' : 'stages'}`
-            : oneLine(task.reason ?? ''),
-        ];
-      }),
-      paint.dim,
-    ),
+    ...table(columns, rows, paint.dim),
   ];
   const failures = receipts.filter((receipt) => receipt.outcome !== 'completed');
   if (failures.length > 0) {

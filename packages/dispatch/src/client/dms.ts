@@ -33,9 +33,29 @@ export const NO_FEATURES: Features = {
 };
 
 /** A lease as received, with our id for it when the server gave one. */
-export interface ReceivedLease {
+export interface ReceivedLease extends ServerTime {
   readonly leaseId: string | null;
   readonly envelope: LeaseEnvelope;
+}
+
+export interface ServerTime {
+  /**
+   * The service's clock when it answered, epoch milliseconds, to the second and never early, so that a wrong local clock
+   * shows. Null or absent: not told.
+   */
+  readonly serverTimeMs?: number | null;
+}
+
+/** What is asked for when asking for work. */
+export interface LeaseQuery {
+  /** Leases at most. */
+  readonly max: number;
+  /** How long to wait for one where the server can, seconds. */
+  readonly waitSecs: number;
+  /** See {@link Features.startOnLease}. */
+  readonly start: boolean;
+  /** Only tasks of these, where the server has lease ids; others know the node's from its registration. */
+  readonly capabilities?: readonly string[];
 }
 
 /** Names the lease in later calls. */
@@ -52,7 +72,7 @@ export type LeaseResult =
   | { readonly kind: 'busy' };
 
 /** The answer to a heartbeat. Every member may be absent, which is null here; `{}` is a valid answer. */
-export interface HeartbeatReply {
+export interface HeartbeatReply extends ServerTime {
   readonly access_token: string | null;
   readonly access_token_expires_at: string | null;
   readonly lease_expires_at: string | null;
@@ -94,11 +114,7 @@ export interface CallOptions {
 export interface Dms {
   /** Asked once and kept; {@link NO_FEATURES} when the server lacks the endpoint. Other errors throw. */
   features(options?: CallOptions): Promise<Features>;
-  /** Up to `max` leases; waits up to `waitSecs` for one where the server can. `start`: see {@link Features}. */
-  lease(
-    request: { readonly max: number; readonly waitSecs: number; readonly start: boolean },
-    options?: CallOptions,
-  ): Promise<LeaseResult>;
+  lease(request: LeaseQuery, options?: CallOptions): Promise<LeaseResult>;
   heartbeat(
     lease: LeaseHandle,
     body: { readonly progress: Json; readonly events: readonly Json[] },

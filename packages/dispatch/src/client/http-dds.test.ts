@@ -258,6 +258,28 @@ describe('answers that are refused', () => {
     },
   );
 
+  test.each([
+    ['nonce', 'a member twice', '"nonce":"n","nonce":"m"', /nonce must be given once/],
+    [
+      'nonce',
+      'a chain id with a fraction of zero',
+      '"nonce":"n","chainId":8453.0',
+      /chainId must be an integer/,
+    ],
+    [
+      'verify',
+      'a token twice',
+      '"access_token":"eyJa","access_token":"eyJb"',
+      /access_token must be given once/,
+    ],
+  ] as const)('%s: %s', async (call, _title, text, message) => {
+    const { dds } = await service((response) => void response.end(`{${text}}`));
+    const error = await failure(CALLS[call](dds));
+    expect(error.message).toMatch(message);
+    expect(error.message).not.toContain('eyJ');
+    expect(error).toMatchObject({ code: 'data_loss', retryable: true });
+  });
+
   test.each(['nonce', 'verify'] as const)('%s: an empty body', async (call) => {
     const { dds } = await service((response) => void response.end());
     expect((await failure(CALLS[call](dds))).code).toBe('data_loss');

@@ -6,6 +6,7 @@
 import { MillraceError, systemClock, timeoutSignal } from '@millrace/runner';
 import {
   type Decoder,
+  checkSpelling,
   integer,
   members,
   optional,
@@ -16,7 +17,7 @@ import {
 } from '@millrace/runner/decode';
 import type { Dds, NodeToken, RegisterWalletRequest, SiweChallenge } from './dds.ts';
 import type { CallOptions } from './dms.ts';
-import { HttpOrigin, statusError, type HttpResponse } from './http.ts';
+import { HttpOrigin, dateOf, statusError, type HttpResponse } from './http.ts';
 
 export interface HttpDdsOptions {
   /** `http(s)://host[:port]`, a path prefix allowed; trailing slashes are removed. */
@@ -154,12 +155,6 @@ async function decoded<T>(answer: HttpResponse, decode: (text: string) => T): Pr
   }
 }
 
-/** The service's clock when it answered, to the second; null when it does not tell. */
-function dateOf(answer: HttpResponse): number | null {
-  const at = Date.parse(answer.header('date') ?? '');
-  return Number.isNaN(at) ? null : at;
-}
-
 /** One line of the message to be signed. A value with a line break could add lines of its own to it. */
 const line: Decoder<string> = (value, path) => {
   const text = string(value, path);
@@ -173,12 +168,12 @@ const nonce: Decoder<string> = (value, path) => {
   throw new MillraceError('invalid_argument', `${path} must not be empty`);
 };
 
+const CHALLENGE = { nonce, domain: line, uri: line, version: line, chainId: integer, issuedAt: line };
+
 function decodeChallenge(text: string): SiweChallenge {
-  return members<SiweChallenge>(
-    { nonce, domain: line, uri: line, version: line, chainId: integer, issuedAt: line },
-    parseJson(text, 'DDS nonce answer'),
-    'DDS nonce answer',
-  );
+  const value = parseJson(text, 'DDS nonce answer');
+  checkSpelling(CHALLENGE, text, 'DDS nonce answer');
+  return members<SiweChallenge>(CHALLENGE, value, 'DDS nonce answer');
 }
 
 /** Sent in a header later on. The value is a secret and never quoted. */
@@ -190,21 +185,24 @@ const accessToken: Decoder<string> = (value, path) => {
   );
 };
 
+const LOGIN = {
+  access_token: accessToken,
+  access_expires_at: optional(timestamp),
+  expires_at: optional(timestamp),
+};
+
 function decodeToken(text: string): NodeToken {
   const value = parseJson(text, 'DDS login answer');
   // The decoder would quote what is no object, and that may be the bare token.
   if (typeof value !== 'object' || value === null || Array.isArray(value)) {
     throw new MillraceError('invalid_argument', 'DDS login answer must be a JSON object');
   }
+  checkSpelling(LOGIN, text, 'DDS login answer');
   const answer = members<{
     access_token: string;
     access_expires_at: string | null;
     expires_at: string | null;
-  }>(
-    { access_token: accessToken, access_expires_at: optional(timestamp), expires_at: optional(timestamp) },
-    value,
-    'DDS login answer',
-  );
+  }>(LOGIN, value, 'DDS login answer');
   const expiresAt = answer.access_expires_at ?? answer.expires_at;
   if (expiresAt === null) {
     throw new MillraceError('invalid_argument', 'DDS login answer must have access_expires_at or expires_at');

@@ -73,7 +73,9 @@ describe('against our dispatcher', () => {
       attempts: 1,
       max_attempts: 3,
       deps_remaining: 0,
+      serverTimeMs: expect.any(Number),
     });
+    expect(Math.abs(beat.serverTimeMs! - Date.now())).toBeLessThan(60_000);
     await dms.complete(lease, { output_cids: [], meta: report(envelope.task.id, capability) });
     expect((await server.store.getJob(jobId))?.job.status).toBe('completed');
   });
@@ -138,6 +140,23 @@ describe('against our dispatcher', () => {
     });
   });
 
+  test.each([1, 2])('of up to %i leases only those of the capabilities asked for are given', async (max) => {
+    const { dms, submit, capability } = await scene();
+    await using _ = dms;
+    await submit();
+    const ask = (capabilities: string[]) => dms.lease({ max, waitSecs: 0, start: false, capabilities });
+    expect(await ask(['/other/v1'])).toEqual({ kind: 'none' });
+    expect((await ask(['/other/v1', capability])).kind).toBe('leases');
+  });
+
+  test('a filter too long for a URL is left out', async () => {
+    const { dms, submit } = await scene();
+    await using _ = dms;
+    await submit();
+    const capabilities = ['/other/v1', `/${'x'.repeat(4096)}`];
+    expect((await dms.lease({ max: 1, waitSecs: 0, start: false, capabilities })).kind).toBe('leases');
+  });
+
   test('an abort ends a wait with its reason', async () => {
     const { dms } = await scene();
     await using _ = dms;
@@ -163,7 +182,7 @@ describe('against the reference service', () => {
   });
 
   /** A server that answers as `handler` says and knows nothing of our additions. */
-  async function reference(handler: Handler) {
+  async function reference(handler: Handler, features = { status: 404, text: 'route not found' }) {
     const seen: { method: string; url: string; headers: IncomingMessage['headers']; body: string }[] = [];
     http = createServer((request, response) => {
       let body = '';
@@ -171,7 +190,7 @@ describe('against the reference service', () => {
       request.on('end', () => {
         const { method = '', url = '', headers } = request;
         if (url === '/v1/features') {
-          response.writeHead(404, { 'content-type': 'text/plain' }).end('route not found');
+          response.writeHead(features.status, { 'content-type': 'text/plain' }).end(features.text);
           return;
         }
         seen.push({ method, url, headers, body });
@@ -209,12 +228,13 @@ describe('against the reference service', () => {
     const { dms, seen } = await reference(() => ({ status: 200, text: SMALLEST }));
     await using _ = dms;
     expect(await dms.features()).toEqual(NO_FEATURES);
-    const result = await dms.lease({ max: 5, waitSecs: 30, start: true });
+    const result = await dms.lease({ max: 5, waitSecs: 30, start: true, capabilities: ['/a/v1'] });
     expect(result).toEqual({
       kind: 'leases',
       leases: [
         {
           leaseId: null,
+          serverTimeMs: expect.any(Number),
           envelope: expect.objectContaining({
             access_token: null,
             cancel: false,
@@ -234,7 +254,7 @@ describe('against the reference service', () => {
   test("the bodies of heartbeat, complete and fail are the reference's", async () => {
     const { dms, seen } = await reference(() => ({ status: 200, text: '{}' }));
     await using _ = dms;
-    const beat = await dms.heartbeat(handle, { progress: {}, events: [] });
+    const { serverTimeMs: _told, ...beat } = await dms.heartbeat(handle, { progress: {}, events: [] });
     expect(Object.values(beat).every((value) => value === null)).toBe(true);
     await dms.complete(handle, { output_cids: ['a'], meta: report(TASK, '/c/v1') });
     await dms.fail(handle, { reason: 'no', details: { stage: 'build_ports' } });
@@ -255,6 +275,39 @@ describe('against the reference service', () => {
       expect(headers).not.toHaveProperty('millrace-lease-id');
       expect(headers['content-type']).toBe('application/json');
     }
+  });
+
+  test('a member it does not know may come twice', async () => {
+    const { dms } = await reference(() => ({ status: 200, text: '{"x":1,"x":2,"meta":{"attempts":1.0}}' }));
+    await using _ = dms;
+    expect((await dms.heartbeat(handle, { progress: {}, events: [] })).attempts).toBeNull();
+  });
+
+  test.each([
+    ['400', 400, ''],
+    ['401, twice', 401, ''],
+    ['403', 403, 'forbidden'],
+    ['405', 405, ''],
+    ['500', 500, 'no such thing'],
+    ['302', 302, ''],
+    ['204', 204, ''],
+    ['a page of HTML', 200, '<html>'],
+    ['JSON that is no object', 200, 'null'],
+  ])(
+    'a server that answers features with %s has none, and work is asked for',
+    async (_name, status, text) => {
+      const { dms, seen } = await reference(() => ({ status: 204 }), { status, text });
+      await using _ = dms;
+      expect(await dms.features()).toEqual(NO_FEATURES);
+      expect(await dms.lease({ max: 1, waitSecs: 0, start: false })).toEqual({ kind: 'none' });
+      expect(seen.map(({ url }) => url)).toEqual(['/v1/tasks']);
+    },
+  );
+
+  test.each([429, 502, 503, 504])('a server that answers features with %i is asked again', async (status) => {
+    const { dms } = await reference(() => ({ status: 204 }), { status, text: '' });
+    await using _ = dms;
+    await expect(dms.features()).rejects.toMatchObject({ retryable: true, details: { status } });
   });
 
   test('complete and fail succeed with any 2xx, also an empty one', async () => {
@@ -343,6 +396,10 @@ describe('against the reference service', () => {
     ['a number for a time', '{"lease_expires_at":1}'],
     ['a negative counter', '{"attempts":-1}'],
     ['a URL that is none', '{"domain_server_url":""}'],
+    ['a member twice', '{"cancel":false,"cancel":true}'],
+    ['a member of its task twice', `{"task":{"id":"${TASK}","id":"${TASK}","capability":"/c"}}`],
+    ['a counter with a fraction of zero', '{"attempts":1.0}'],
+    ['a token that is no string', '{"access_token":7}'],
   ])('a heartbeat answered by %s is data_loss, worth another try', async (_name, text) => {
     const { dms } = await reference(() => ({ status: 200, text }));
     await using _ = dms;

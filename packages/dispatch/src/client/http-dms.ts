@@ -4,20 +4,23 @@
  */
 import { MillraceError, parseLease, parseLeaseJson, parseTaskSpec, type Json } from '@millrace/runner';
 import {
+  type Decoder,
   absent,
   arrayOf,
   boolean,
+  checkSpelling,
   counter,
   members,
   object,
   optional,
   parseJson,
+  secret,
   string,
   timestamp,
   url,
   uuid,
 } from '@millrace/runner/decode';
-import { HttpOrigin, statusError, type HttpResponse } from './http.ts';
+import { HttpOrigin, dateOf, statusError, type HttpResponse } from './http.ts';
 import {
   NO_FEATURES,
   type CallOptions,
@@ -26,6 +29,7 @@ import {
   type Features,
   type HeartbeatReply,
   type LeaseHandle,
+  type LeaseQuery,
   type LeaseResult,
   type ReceivedLease,
   type TokenSource,
@@ -47,8 +51,11 @@ const MAX_ANSWER_BYTES = 2 * 1024 * 1024;
 /** A batch of leases carries as many tasks' parameters. */
 const MAX_BATCH_ANSWER_BYTES = 64 * 1024 * 1024;
 
-/** Statuses by which a server tells that it does not know `features`, and not that something is wrong. */
-const NOT_THERE = new Set([400, 404, 405, 410, 501]);
+/**
+ * Statuses to `features` after which it is worth asking again. By every other one a server, or what stands before it, tells
+ * in its own way that it does not know the path; that must not keep a node from working for it.
+ */
+const ASK_AGAIN = new Set([408, 429, 502, 503, 504]);
 
 /**
  * Opens the client; nothing is sent before the first call. Calls may be concurrent. Disposing ends those under way.
@@ -86,26 +93,25 @@ export class HttpDms implements Dms, AsyncDisposable {
   async features(options: CallOptions = {}): Promise<Features> {
     if (this.#features !== null) return this.#features;
     const response = await this.#send({ method: 'GET', path: '/features' }, options);
-    if (NOT_THERE.has(response.status)) {
+    if (ASK_AGAIN.has(response.status)) throw await statusError('GET /features', response);
+    if (isSuccess(response)) {
+      this.#features = decodeFeatures(await response.text(MAX_ANSWER_BYTES));
+    } else {
       await response.discard();
       this.#features = NO_FEATURES;
-    } else {
-      const text = await successText('GET /features', response, MAX_ANSWER_BYTES);
-      this.#features = decoded('GET /features', response, () => decodeFeatures(text));
     }
     return this.#features;
   }
 
-  async lease(
-    request: { readonly max: number; readonly waitSecs: number; readonly start: boolean },
-    options: CallOptions = {},
-  ): Promise<LeaseResult> {
+  async lease(request: LeaseQuery, options: CallOptions = {}): Promise<LeaseResult> {
     const features = await this.features(options);
-    const waitSecs = Math.max(0, Math.min(Math.floor(request.waitSecs), features.longPollSecs));
-    const start = request.start && features.startOnLease;
-    return request.max > 1 && features.batchItems > 0
-      ? await this.#leaseMany(Math.min(request.max, features.batchItems), waitSecs, start, options)
-      : await this.#leaseOne(waitSecs, start, options);
+    const query: LeaseQuery = {
+      max: Math.min(request.max, features.batchItems),
+      waitSecs: Math.max(0, Math.min(Math.floor(request.waitSecs), features.longPollSecs)),
+      start: request.start && features.startOnLease,
+      capabilities: (features.leaseIds ? request.capabilities : undefined) ?? [],
+    };
+    return query.max > 1 ? await this.#leaseMany(query, options) : await this.#leaseOne(query, options);
   }
 
   async heartbeat(
@@ -116,8 +122,9 @@ export class HttpDms implements Dms, AsyncDisposable {
     const call = taskCall(lease, 'heartbeat', { progress: body.progress, events: body.events });
     const what = `${call.method} ${call.path}`;
     const response = await this.#send(call, options);
+    const serverTimeMs = latestTimeOf(response);
     const text = await successText(what, response, MAX_ANSWER_BYTES);
-    return decoded(what, response, () => decodeHeartbeat(text));
+    return decoded(what, response, () => ({ ...decodeHeartbeat(text), serverTimeMs }));
   }
 
   async complete(
@@ -177,11 +184,11 @@ export class HttpDms implements Dms, AsyncDisposable {
     await this.close();
   }
 
-  async #leaseOne(waitSecs: number, start: boolean, options: CallOptions): Promise<LeaseResult> {
+  async #leaseOne({ waitSecs, start, capabilities }: LeaseQuery, options: CallOptions): Promise<LeaseResult> {
     const response = await this.#send(
       {
         method: 'GET',
-        path: '/tasks',
+        path: `/tasks${capabilityFilter(capabilities ?? [])}`,
         headers: {
           ...(waitSecs > 0 ? { prefer: `wait=${waitSecs}` } : {}),
           ...(start ? { 'millrace-start': '1' } : {}),
@@ -192,6 +199,7 @@ export class HttpDms implements Dms, AsyncDisposable {
     );
     const nothing = await withoutLease(response);
     if (nothing !== null) return nothing;
+    const serverTimeMs = latestTimeOf(response);
     const text = await successText('/tasks', response, MAX_ANSWER_BYTES);
     return decoded('/tasks', response, () => ({
       kind: 'leases',
@@ -199,22 +207,21 @@ export class HttpDms implements Dms, AsyncDisposable {
         {
           leaseId: optional(uuid)(response.header('millrace-lease-id'), 'millrace-lease-id'),
           envelope: parseLeaseJson(text),
+          serverTimeMs,
         },
       ],
     }));
   }
 
   async #leaseMany(
-    max: number,
-    waitSecs: number,
-    start: boolean,
+    { max, waitSecs, start, capabilities = [] }: LeaseQuery,
     options: CallOptions,
   ): Promise<LeaseResult> {
     const response = await this.#send(
       {
         method: 'POST',
         path: '/tasks/lease',
-        json: { max, start },
+        json: { max, start, ...(capabilities.length === 0 ? {} : { capabilities }) },
         headers: waitSecs > 0 ? { prefer: `wait=${waitSecs}` } : {},
         waitSecs,
       },
@@ -222,8 +229,9 @@ export class HttpDms implements Dms, AsyncDisposable {
     );
     const nothing = await withoutLease(response);
     if (nothing !== null) return nothing;
+    const serverTimeMs = latestTimeOf(response);
     const text = await successText('/tasks/lease', response, MAX_BATCH_ANSWER_BYTES);
-    const leases = decoded('/tasks/lease', response, () => decodeLeases(text));
+    const leases = decoded('/tasks/lease', response, () => decodeLeases(text, serverTimeMs));
     return leases.length === 0 ? { kind: 'none' } : { kind: 'leases', leases };
   }
 
@@ -293,6 +301,12 @@ function isSuccess(response: HttpResponse): boolean {
   return response.status >= 200 && response.status <= 299;
 }
 
+/** A date is cut to its second; a lease shall rather be thought shorter than longer. */
+function latestTimeOf(response: HttpResponse): number | null {
+  const at = dateOf(response);
+  return at === null ? null : at + 999;
+}
+
 /** The answers that carry no lease and are no error. */
 async function withoutLease(response: HttpResponse): Promise<LeaseResult | null> {
   if (response.status !== 204 && response.status !== 409) return null;
@@ -318,24 +332,14 @@ function decoded<T>(what: string, response: HttpResponse, decode: () => T): T {
   }
 }
 
+/** Not a word of ours: an answer to a path the server does not know, whatever its status says. */
 function decodeFeatures(text: string): Features {
-  const raw = members<{
-    long_poll_secs: number;
-    batch_items: number;
-    lease_ids: boolean;
-    start_on_lease: boolean;
-    registration_interval_secs: number | null;
-  }>(
-    {
-      long_poll_secs: absent(counter, () => 0),
-      batch_items: absent(counter, () => 0),
-      lease_ids: absent(boolean, () => false),
-      start_on_lease: absent(boolean, () => false),
-      registration_interval_secs: optional(counter),
-    },
-    parseJson(text, 'features'),
-    'features',
-  );
+  let raw: { readonly [M in keyof typeof FEATURES]: ReturnType<(typeof FEATURES)[M]> };
+  try {
+    raw = members(FEATURES, parseJson(text, 'features'), 'features');
+  } catch {
+    return NO_FEATURES;
+  }
   return {
     longPollSecs: raw.long_poll_secs,
     batchItems: raw.batch_items,
@@ -345,32 +349,51 @@ function decodeFeatures(text: string): Features {
   };
 }
 
-function decodeLeases(text: string): ReceivedLease[] {
+const FEATURES = {
+  long_poll_secs: absent(counter, () => 0),
+  batch_items: absent(counter, () => 0),
+  lease_ids: absent(boolean, () => false),
+  start_on_lease: absent(boolean, () => false),
+  registration_interval_secs: optional(counter),
+};
+
+/** Longer filters are left out: they save a wrong lease, a URL past a server's bound would cost all of them. */
+const MAX_FILTER_BYTES = 4096;
+
+function capabilityFilter(capabilities: readonly string[]): string {
+  const query = capabilities.map((capability) => `capability=${encodeURIComponent(capability)}`).join('&');
+  return query === '' || query.length > MAX_FILTER_BYTES ? '' : `?${query}`;
+}
+
+function decodeLeases(text: string, serverTimeMs: number | null): ReceivedLease[] {
   const { leases } = object(parseJson(text, 'leases'), 'leases');
   return arrayOf((value, path): ReceivedLease => ({
     leaseId: optional(uuid)(object(value, path)['lease_id'], `${path}.lease_id`),
     envelope: parseLease(value, path),
+    serverTimeMs,
   }))(leases, 'leases');
 }
 
-function decodeHeartbeat(text: string): HeartbeatReply {
-  return members<HeartbeatReply>(
-    {
-      access_token: optional(string),
-      access_token_expires_at: optional(timestamp),
-      lease_expires_at: optional(timestamp),
-      cancel: optional(boolean),
-      status: optional(string),
-      domain_id: optional(uuid),
-      domain_server_url: optional(url),
-      task: optional(parseTaskSpec),
-      task_id: optional(uuid),
-      job_id: optional(uuid),
-      attempts: optional(counter),
-      max_attempts: optional(counter),
-      deps_remaining: optional(counter),
-    },
-    parseJson(text, 'heartbeat answer'),
-    'heartbeat answer',
-  );
+type WireReply = Omit<HeartbeatReply, 'serverTimeMs'>;
+
+const HEARTBEAT: { readonly [K in keyof WireReply]: Decoder<WireReply[K]> } = {
+  access_token: optional(secret),
+  access_token_expires_at: optional(timestamp),
+  lease_expires_at: optional(timestamp),
+  cancel: optional(boolean),
+  status: optional(string),
+  domain_id: optional(uuid),
+  domain_server_url: optional(url),
+  task: optional(parseTaskSpec),
+  task_id: optional(uuid),
+  job_id: optional(uuid),
+  attempts: optional(counter),
+  max_attempts: optional(counter),
+  deps_remaining: optional(counter),
+};
+
+function decodeHeartbeat(text: string): WireReply {
+  const value = parseJson(text, 'heartbeat answer');
+  checkSpelling(HEARTBEAT, text, 'heartbeat answer');
+  return members<WireReply>(HEARTBEAT, value, 'heartbeat answer');
 }

@@ -209,7 +209,11 @@ class HttpDomainStorage implements DomainStorage {
     const expect =
       digest === null || range !== undefined ? null : size === null ? { digest } : { digest, size };
     const pull = expect === null ? source.pull : verified(source.pull, expect, `data item ${id}`);
-    return { body: readableFrom({ pull, close: () => source.close(), abandon: () => giveUp(response) }), size, digest };
+    return {
+      body: readableFrom({ pull, close: () => source.close(), abandon: () => giveUp(response) }),
+      size,
+      digest,
+    };
   }
 
   async find(

@@ -222,6 +222,12 @@ export async function statusError(
   });
 }
 
+/** The service's clock when it answered, to the second; null when it does not tell. */
+export function dateOf(answer: HttpResponse): number | null {
+  const at = Date.parse(answer.header('date') ?? '');
+  return Number.isNaN(at) ? null : at;
+}
+
 /** At most 512 bytes of a body, cut on a character boundary. */
 export function previewBody(body: string): string {
   const bytes = Buffer.from(body, 'utf8');

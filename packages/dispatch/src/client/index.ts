@@ -7,8 +7,10 @@ export type {
   Features,
   HeartbeatReply,
   LeaseHandle,
+  LeaseQuery,
   LeaseResult,
   ReceivedLease,
+  ServerTime,
   TokenSource,
 } from './dms.ts';
 export type {

@@ -450,6 +450,23 @@ describe('domain storage over HTTP', () => {
     expect((await call('GET', `${data}?name=${name.replace('big', 'bog')}`)).json).toEqual({ data: [] });
   });
 
+  test('after a refused upload the rest of it is read away and the connection serves on', async () => {
+    const { hostname, port } = new URL(dispatcher.url);
+    const socket = connect(Number(port), hostname);
+    const { head, tail } = uploadEnvelope({ name: 'a/b', dataType: 't' }, 'boundary');
+    const body = Buffer.concat([head, Buffer.alloc(200_000), tail]);
+    socket.write(
+      `POST ${data} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer ${token}\r\nContent-Length: ${body.length}\r\n` +
+        'Content-Type: multipart/form-data; boundary=boundary\r\n\r\n',
+    );
+    socket.write(body);
+    socket.write('GET /api/v1/info HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n');
+    expect((await readAll(socket)).toString().match(/HTTP\/1\.1 \d+/g)).toEqual([
+      'HTTP/1.1 400',
+      'HTTP/1.1 200',
+    ]);
+  });
+
   test('a client that breaks off in the middle of an upload creates nothing', async () => {
     const name = `cut-${randomUUID()}`;
     const { head } = uploadEnvelope({ name, dataType: 't' }, 'boundary');

@@ -676,12 +676,13 @@ function bytesMissing(record: DataRecord): MillraceError {
 }
 
 /**
- * After an answer that came before the whole body: Node reads the rest and drops it, so the client gets to see the
- * answer instead of a reset; one that goes on and on is cut off.
+ * After an answer that came before the whole body: the rest is read and dropped, so that the client gets to see the
+ * answer instead of a reset; one that goes on and on is cut off. Node does so only for bodies nobody began to read.
  */
 function lingerOn(request: FastifyRequest, reply: FastifyReply, ctx: ServerContext): void {
   if (request.raw.complete) return;
   reply.raw.once('finish', () => {
+    request.raw.resume();
     const cut = ctx.clock.setTimer(
       () => {
         if (!request.raw.complete) request.raw.socket.destroy();

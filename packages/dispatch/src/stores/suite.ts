@@ -827,6 +827,20 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
         expect(await scene.complete(refOf(second))).toBe('ok');
       });
 
+      test('an ending is repeated by the node that did it, and by no other', async () => {
+        const [node, other] = [await scene.node(), await scene.node()];
+        await scene.submit([{}, {}]);
+        const [done, failed] = await scene.lease(node, 2);
+        expect(await scene.complete(refOf(done!))).toBe('ok');
+        expect(await scene.fail(refOf(failed!))).toBe('ok');
+        for (const leaseId of [done!.leaseId, null]) {
+          expect(await scene.complete({ taskId: done!.task.id, nodeId: other, leaseId })).toBe('aborted');
+        }
+        for (const leaseId of [failed!.leaseId, null]) {
+          expect(await scene.fail({ taskId: failed!.task.id, nodeId: other, leaseId })).toBe('aborted');
+        }
+      });
+
       test('a release is idempotent', async () => {
         const node = await scene.node();
         await scene.submit();
@@ -907,6 +921,15 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
         );
         expect(expired).toMatchObject({ task_id: lease.task.id, data: { node_id: node } });
         expect((await scene.job(jobId)).receipts).toMatchObject([{ outcome: 'expired', id: lease.leaseId }]);
+      });
+
+      test('however many leases expire at once, one sweep takes all of them back', async () => {
+        const node = await scene.node({ max: 3000 });
+        await scene.submit(Array.from({ length: 2500 }, (_, index) => ({ label: String(index) })));
+        await scene.lease(node, 3000);
+        wait(TTL);
+        expect((await store.sweep()).rescued).toBe(2500);
+        expect(await scene.lease(node, 3000)).toHaveLength(2500);
       });
 
       test.each([

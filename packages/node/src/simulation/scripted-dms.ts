@@ -20,6 +20,7 @@ import {
   type Features,
   type HeartbeatReply,
   type LeaseHandle,
+  type LeaseQuery,
   type LeaseResult,
 } from '@millrace/dispatch/client';
 
@@ -46,7 +47,7 @@ export interface Script {
 
 /** What was called: everything except `features`, in order. */
 export type Call =
-  | { readonly name: 'lease'; readonly max: number; readonly waitSecs: number; readonly start: boolean }
+  | ({ readonly name: 'lease' } & LeaseQuery)
   | { readonly name: 'heartbeat'; readonly lease: LeaseHandle; readonly body: HeartbeatBody }
   | { readonly name: 'complete'; readonly lease: LeaseHandle; readonly body: CompleteBody }
   | { readonly name: 'fail'; readonly lease: LeaseHandle; readonly body: FailBody }
@@ -74,10 +75,7 @@ export class ScriptedDms implements Dms {
     return this.#answer(options, () => ({ ...NO_FEATURES, ...this.#script.features }));
   }
 
-  lease(
-    request: { readonly max: number; readonly waitSecs: number; readonly start: boolean },
-    options: CallOptions = {},
-  ): Promise<LeaseResult> {
+  lease(request: LeaseQuery, options: CallOptions = {}): Promise<LeaseResult> {
     this.calls.push({ name: 'lease', ...request });
     return this.#answer(options, (signal) =>
       this.#script.lease === undefined

@@ -105,8 +105,8 @@ describe('storage ports over a real dispatcher', () => {
   });
   afterEach(async () => {
     await Promise.all(opened.map((one) => one.close()));
-    expect(await stagedUploads()).toEqual([]);
     await rm(dir, { recursive: true, force: true });
+    expect(await stagedUploads()).toEqual([]);
   });
 
   function open(opening: Partial<Opening> = {}): SessionStorage {
