@@ -173,8 +173,14 @@ const LEASE: { readonly [K in keyof LeaseEnvelope]: Decoder<LeaseEnvelope[K]> } 
 /** @throws MillraceError `invalid_argument` naming the member, the rule and the value. */
 export const parseLease = (value: unknown, path = 'lease'): LeaseEnvelope => members(LEASE, value, path);
 
-/** The members of a task that are integers, where `1.0` is refused although JavaScript reads it as 1. */
-const INTEGERS: ReadonlySet<string> = new Set(['priority', 'attempts', 'max_attempts', 'deps_remaining']);
+/** The members that are integers on this wire, where `1.0` is refused although JavaScript reads it as 1. */
+const INTEGERS: ReadonlySet<string> = new Set([
+  'priority',
+  'attempts',
+  'max_attempts',
+  'deps_remaining',
+  'chainId',
+]);
 
 /**
  * {@link parseLease} from text, in which also a known member given twice and an integer written as `1.0` show.
@@ -183,18 +189,28 @@ const INTEGERS: ReadonlySet<string> = new Set(['priority', 'attempts', 'max_atte
  */
 export function parseLeaseJson(text: string): LeaseEnvelope {
   const value = parseJson(text, 'lease');
-  for (const { parent, key, repeated, number } of membersInText(text, 2)) {
+  checkSpelling(LEASE, text, 'lease');
+  return parseLease(value);
+}
+
+/**
+ * What `JSON.parse` hides and the wire refuses: a member of `shape` given twice, an integer written as `1.0`; in the object
+ * itself and in its `task`, if `shape` has one. `text` must be valid JSON.
+ *
+ * @throws MillraceError `invalid_argument` naming the member
+ */
+export function checkSpelling(shape: object, text: string, path: string): void {
+  const hasTask = Object.hasOwn(shape, 'task');
+  for (const { parent, key, repeated, number } of membersInText(text, hasTask ? 2 : 1)) {
     const inTask = parent.length === 1 && parent[0] === 'task';
-    if (!inTask && parent.length > 0) continue;
-    const path = inTask ? `lease.task.${key}` : `lease.${key}`;
-    if (repeated && Object.hasOwn(inTask ? TASK : LEASE, key)) {
-      throw new MillraceError('invalid_argument', `${path} must be given once, got it twice`);
-    }
-    if (inTask && number !== null && INTEGERS.has(key) && !/^-?\d+$/.test(number)) {
-      fail(path, 'an integer', number.slice(0, 40));
+    if (parent.length > 0 && !inTask) continue;
+    if (!Object.hasOwn(inTask ? TASK : shape, key)) continue;
+    const name = inTask ? `${path}.task.${key}` : `${path}.${key}`;
+    if (repeated) throw new MillraceError('invalid_argument', `${name} must be given once, got it twice`);
+    if (number !== null && INTEGERS.has(key) && !/^-?\d+$/.test(number)) {
+      fail(name, 'an integer', number.slice(0, 40));
     }
   }
-  return parseLease(value);
 }
 
 /** Decodes the listed members of an object and drops all others. */
