@@ -16,6 +16,8 @@ const ARROWS: Readonly<Record<string, readonly string[]>> = {
   '@millrace/exec': ['@millrace/runner'],
   '@millrace/dispatch': ['@millrace/runner'],
   '@millrace/node': ['@millrace/runner', '@millrace/dispatch'],
+  '@millrace/compute': ['@millrace/runner'],
+  '@millrace/runtime': ['@millrace/runner', '@millrace/exec'],
   millrace: ['@millrace/runner', '@millrace/exec', '@millrace/dispatch', '@millrace/node'],
 };
 
@@ -43,10 +45,20 @@ function* sources(dir: string): Generator<string> {
   }
 }
 
+/** Static imports, which stand at the top of a file (further down, a line that looks like one is text), and dynamic ones. */
 function* importsOf(file: string): Generator<string> {
-  const IMPORT =
-    /^\s*(?:import|export)\s(?:[^'"]*?\sfrom\s+)?['"]([^'"]+)['"]|\bimport\(\s*['"]([^'"]+)['"]\s*\)/gm;
-  for (const match of readFileSync(file, 'utf8').matchAll(IMPORT)) yield (match[1] ?? match[2])!;
+  const text = readFileSync(file, 'utf8');
+  const STATEMENT =
+    /\s*(?:\/\/[^\n]*|\/\*[^]*?\*\/|#![^\n]*|(?:import|export)\s(?:[^'"`;=()]*?\sfrom\s+)?'([^']+)';)/y;
+  for (let match = STATEMENT.exec(text); match; match = STATEMENT.exec(text)) {
+    if (match[1] !== undefined) yield match[1];
+  }
+  if (isTest(file)) return;
+  for (const match of text.matchAll(/(?<![*`'"].*)\bimport\(\s*'([^']+)'\s*\)/g)) yield match[1]!;
+}
+
+function isTest(file: string): boolean {
+  return /\.test(?:\.support)?\.ts$|\/suite\.ts$|\/simulation\//.test(file);
 }
 
 function packageOf(specifier: string): string {
@@ -71,7 +83,7 @@ describe('the import arrows', () => {
       test('imports only what it declares, through public entry points', () => {
         const wrong: string[] = [];
         for (const file of files) {
-          const inTest = /\.test\.ts$|\/suite\.ts$|\/simulation\//.test(file);
+          const inTest = isTest(file);
           for (const specifier of importsOf(file)) {
             if (specifier.startsWith('.')) {
               const target = path.resolve(path.dirname(file), specifier);
@@ -84,7 +96,8 @@ describe('the import arrows', () => {
             const name = packageOf(specifier);
             if (builtinModules.includes(name)) wrong.push(`${file}: ${specifier} lacks node:`);
             const declared = Object.hasOwn(manifest.dependencies ?? {}, name);
-            const allowedInTests = ['vitest', 'fast-check'].includes(name);
+            const allowedInTests =
+              ['vitest', 'fast-check'].includes(name) || Object.hasOwn(manifest.devDependencies ?? {}, name);
             if (!declared && !(inTest && allowedInTests)) wrong.push(`${file}: ${specifier} is not declared`);
             const subpaths = exportsOf.get(name);
             if (subpaths && !subpaths.includes(`.${specifier.slice(name.length)}`)) {
