@@ -372,8 +372,10 @@ describe('millrace up', () => {
     await write('job.json', JSON.stringify({ tasks: [{ capability: '/test/spin/v1', meta: { begun } }] }));
     const { program } = await up('spin.mjs');
     await using _ = program;
-    await answer(['submit', 'job.json'], place);
+    const jobId = (await answer(['submit', 'job.json'], place)).trim();
     await fileAppears(begun);
+    // Without --follow the log of a job that goes on has an end.
+    expect(json(await answer(['job', 'logs', jobId, '--json'], place))).toEqual({ job_id: jobId, logs: [] });
     program.signal('SIGINT');
     await program.printed('stderr', /stopping: no new work; 1 running task may go on/);
     program.signal('SIGINT');

@@ -23,12 +23,15 @@ function isLevel(text: string): text is LogLevel | 'off' {
   return ['debug', 'info', 'warn', 'error', 'off'].includes(text);
 }
 
-/** For one job on a screen that shows its progress: warnings and errors only, line by line to `print`. */
+/**
+ * For one job on a screen that shows its progress, line by line to `print`: errors of the system only, since what happens
+ * to the job, failures included, is told from its events. `MILLRACE_DEBUG` shows everything.
+ */
 export function quietLogger(io: Io, print: (line: string) => void): Logger {
   const debugging = Boolean(io.env['MILLRACE_DEBUG']);
   return createLogger({
     format: 'text',
-    level: debugging ? 'debug' : 'warn',
+    level: debugging ? 'debug' : 'error',
     destination: new Writable({
       decodeStrings: false,
       write(line: string, _encoding, done) {
