@@ -168,6 +168,43 @@ describe('millrace run', () => {
     expect(await read('out/loud/0.txt')).toBe('X?');
   });
 
+  test('artifacts may be called anything: what is printed of it is safe for a terminal', async () => {
+    const name = JSON.stringify('a\u001b[31m\r\nb\u202ec.txt');
+    await write(
+      'odd.ts',
+      `export default { capability: '/test/odd/v1', run: (ctx: any) => ctx.output.putBytes(${name}, Buffer.from('x')) };`,
+    );
+    const { code, stdout } = await millrace(['run', 'odd.ts'], place);
+    expect(code).toBe(0);
+    expect(stdout.split('\n').slice(1)).toEqual(['  ./out/a  b c.txt  1 B', '']);
+  });
+
+  test('what stands in the way of the output folder is told before the work begins', async () => {
+    await write('out', 'a file');
+    await write('shout.ts', SHOUT);
+    for (const out of ['out', 'out/deeper']) {
+      const { code, stderr } = await millrace(['run', 'shout.ts', '--input', '-', '--out', out], place, {
+        stdin: 'x',
+      });
+      expect([code, stderr]).toEqual([
+        2,
+        expect.stringMatching(/^millrace: --out .* is not a folder; name another\n$/),
+      ]);
+    }
+  });
+
+  test('a stderr that cannot be written costs the remarks, not the job', async () => {
+    await write('shout.ts', SHOUT);
+    await write('in.txt', 'x');
+    const bin = fileURLToPath(new URL('../bin/millrace.js', import.meta.url));
+    const run = `"${process.execPath}" "${bin}" run shout.ts --input in.txt 2>&-`;
+    const { stdout } = await promisify(execFile)('sh', ['-c', run], {
+      cwd: place.cwd,
+      env: { PATH: process.env['PATH'] ?? '', HOME: place.home, TMPDIR: place.tmp },
+    });
+    expect(stdout).toMatch(/^completed .*\n {2}\.\/out\/loud\/0\.txt/);
+  });
+
   test('runs a job file with the runners of the config, one stage after the other', async () => {
     await write('runners/shout.ts', SHOUT);
     await write('millrace.config.yaml', 'runners: [./runners/shout.ts]\n');

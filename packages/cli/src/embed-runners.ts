@@ -16,12 +16,12 @@ export async function openRunners(specs: readonly RunnerSpec[], log: Logger): Pr
   if (failed < 0) return runners;
   await closeRunners(runners);
   const error = (results[failed] as PromiseRejectedResult).reason as unknown;
+  const message = error instanceof Error ? error.message : String(error);
+  const what = `runner module ${specs[failed]?.module ?? ''}`;
   // Whatever the module did wrong, for the one who named it, it is a wrong configuration.
-  throw new MillraceError(
-    'invalid_argument',
-    `runner module ${specs[failed]?.module ?? ''}: ${error instanceof Error ? error.message : String(error)}`,
-    { cause: error },
-  );
+  throw new MillraceError('invalid_argument', message.startsWith(what) ? message : `${what}: ${message}`, {
+    cause: error,
+  });
 }
 
 export async function closeRunners(runners: readonly Runner[]): Promise<void> {

@@ -12,8 +12,9 @@ export class Interruption implements Disposable {
   #canceling = false;
   readonly #note: (text: string) => void;
 
-  constructor(io: Io) {
-    this.#note = (text) => void io.stderr.write(`${text}\n`);
+  /** `note` takes the remarks for the person who interrupts. */
+  constructor(io: Pick<Io, 'onStop'>, note: (text: string) => void) {
+    this.#note = note;
     this.#listening = io.onStop(() => {
       if (!this.#canceling) this.cancel('interrupted');
       else this.giveUp(new MillraceError('canceled', 'interrupted again: not waiting for the job to end'));

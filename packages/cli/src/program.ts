@@ -18,6 +18,7 @@ import { registerUp } from './commands/up.ts';
 import { EXIT, exitCodeOf, type ExitCode } from './exit-codes.ts';
 import { Output, type Io } from './io.ts';
 import { paint, terminalFeatures } from './terminal.ts';
+import { oneLine } from './text-width.ts';
 
 /** Parses `argv` (without the interpreter and the script), runs the command, and resolves with its exit code. */
 export async function runProgram(io: Io, argv: readonly string[]): Promise<ExitCode> {
@@ -125,7 +126,7 @@ function printError(session: Session, code: string, message: string, error: unkn
   if (session.out.json && !session.out.documentWritten) session.out.document({ error: { code, message } });
   else {
     const style = paint(terminalFeatures(stderr, env).color);
-    stderr.write(`${style.red('millrace:')} ${message.replaceAll('\n', ' ')}\n`);
+    stderr.write(`${style.red('millrace:')} ${oneLine(message)}\n`);
   }
   if (env['MILLRACE_DEBUG'] && error instanceof Error && error.stack !== undefined) {
     for (let each: unknown = error; each instanceof Error; each = each.cause)

@@ -4,7 +4,7 @@
  */
 import { createHash, randomBytes, randomUUID, type Hash } from 'node:crypto';
 import { createReadStream } from 'node:fs';
-import { mkdir, open, realpath, rename, rm } from 'node:fs/promises';
+import { mkdir, open, realpath, rename, rm, stat } from 'node:fs/promises';
 import path from 'node:path';
 import { addAbortSignal, type Readable } from 'node:stream';
 import type { DomainStorage } from '@millrace/dispatch/client';
@@ -202,6 +202,21 @@ export interface SavedArtifact {
 }
 
 /**
+ * That `outDir` is a folder, or can be made because nothing on its way is something else.
+ *
+ * @throws MillraceError `invalid_argument` naming what is in the way
+ */
+export async function checkOutputFolder(outDir: string): Promise<void> {
+  for (let place = outDir; ; place = path.dirname(place)) {
+    const found = await stat(place).catch(() => null);
+    if (found?.isDirectory() || place === path.dirname(place)) return;
+    if (found !== null) {
+      throw new MillraceError('invalid_argument', `--out ${outDir}: ${place} is not a folder; name another`);
+    }
+  }
+}
+
+/**
  * Downloads artifacts into `outDir` under their logical paths, four at a time; resolves with them in the order given.
  * Without artifacts the folder is not made.
  *
@@ -216,7 +231,9 @@ export async function saveArtifacts(
   // Every path is judged before the first byte is written.
   const places = artifacts.map((artifact) => ({ artifact, relative: safeRelativePath(artifact.path) }));
   if (places.length === 0) return [];
-  await mkdir(outDir, { recursive: true });
+  await mkdir(outDir, { recursive: true }).catch((error: unknown) => {
+    throw writeError(outDir, error);
+  });
   const root = await realpath(outDir);
   const saved: SavedArtifact[] = [];
   const queue = places.entries();

@@ -1,11 +1,15 @@
 /**
  * Who is asking, and may they: bearer tokens of requests, turned into typed claims by `tokens.ts`, checked against
- * what the route is about. 401 for no or a bad token (and, as the reference has it, for a read-only token that
- * writes), 403 for a good one that is of the wrong kind or for another domain.
+ * what the route is about. 401 for no or a bad token, 403 for a good one that is of the wrong kind or for another domain. A
+ * read-only token that writes is 401 to the job API and 403 to domain storage, as the reference has it.
+ *
+ * A node token is good while its node is registered with the wallet that logged in: who registers a node anew with
+ * another key locks the former one out. Other processes on the same store learn of it within {@link WALLET_TTL_MS}.
  */
-import { MillraceError } from '@millrace/runner';
+import { MillraceError, type Clock } from '@millrace/runner';
 import type { FastifyRequest } from 'fastify';
-import type { LeaseRef } from './store.ts';
+import { LruMap } from './lru.ts';
+import type { LeaseRef, Store } from './store.ts';
 import type { Claims, ClientClaims, NodeClaims, Tokens } from './tokens.ts';
 
 export type Access = 'read' | 'write';
@@ -33,7 +37,14 @@ export interface Auth {
    * @throws MillraceError `unauthenticated`, `permission_denied`
    */
   domain(request: FastifyRequest, domainId: string, access: Access): Promise<DomainAccess>;
+  /** A node was registered here with this wallet; tokens of another one end now. */
+  registered(nodeId: string, wallet: string): void;
 }
+
+/** How long a registration made by another process may go unnoticed. */
+export const WALLET_TTL_MS = 5_000;
+
+const CACHED_WALLETS = 10_000;
 
 /** @throws MillraceError `permission_denied` when the token is for another domain. */
 export function requireDomain(claims: ClientClaims, domainId: string): void {
@@ -47,21 +58,33 @@ export function requireDomain(claims: ClientClaims, domainId: string): void {
 
 export class BearerAuth implements Auth {
   readonly #tokens: Tokens;
+  readonly #wallets: CurrentWallets;
 
-  constructor(tokens: Tokens) {
+  constructor(tokens: Tokens, store: Pick<Store, 'getNode'>, clock: Clock) {
     this.#tokens = tokens;
+    this.#wallets = new CurrentWallets(store, clock);
   }
 
   async node(request: FastifyRequest): Promise<NodeClaims> {
     const claims = await this.#claims(request);
     if (claims.kind !== 'node') throw wrongKind(claims, 'a node token (from POST .../auth/siwe/verify)');
+    if ((await this.#wallets.of(claims.nodeId)) !== claims.wallet) {
+      throw new MillraceError(
+        'unauthenticated',
+        `node ${claims.nodeId} is not registered any more with the wallet this token was given to; log in again`,
+      );
+    }
     return claims;
+  }
+
+  registered(nodeId: string, wallet: string): void {
+    this.#wallets.set(nodeId, wallet);
   }
 
   async client(request: FastifyRequest, access: Access, domainId?: string): Promise<ClientClaims> {
     const claims = await this.#claims(request);
     if (claims.kind !== 'client') throw wrongKind(claims, 'a client token');
-    requireScope(claims, access);
+    requireScope(claims, access, 'unauthenticated');
     if (domainId !== undefined) requireDomain(claims, domainId);
     return claims;
   }
@@ -69,7 +92,7 @@ export class BearerAuth implements Auth {
   async domain(request: FastifyRequest, domainId: string, access: Access): Promise<DomainAccess> {
     const claims = await this.#claims(request);
     if (claims.kind === 'client') {
-      requireScope(claims, access);
+      requireScope(claims, access, 'permission_denied');
       requireDomain(claims, domainId);
       return { lease: null, prefix: null };
     }
@@ -99,10 +122,43 @@ export class BearerAuth implements Auth {
   }
 }
 
-function requireScope(claims: ClientClaims, access: Access): void {
+/** The wallets nodes are registered with, remembered for a while. */
+class CurrentWallets {
+  readonly #store: Pick<Store, 'getNode'>;
+  readonly #clock: Clock;
+  readonly #known = new LruMap<string, { readonly wallet: string | null; readonly untilMs: number }>(
+    CACHED_WALLETS,
+  );
+
+  constructor(store: Pick<Store, 'getNode'>, clock: Clock) {
+    this.#store = store;
+    this.#clock = clock;
+  }
+
+  /** Null: the node is unknown or never registered. */
+  async of(nodeId: string): Promise<string | null> {
+    const known = this.#known.get(nodeId);
+    if (known !== undefined && this.#clock.monotonic() < known.untilMs) return known.wallet;
+    const wallet = (await this.#store.getNode(nodeId))?.wallet ?? null;
+    // A registration that came meanwhile is newer than what was read.
+    const since = this.#known.get(nodeId);
+    if (since !== undefined && since !== known) return since.wallet;
+    this.set(nodeId, wallet);
+    return wallet;
+  }
+
+  set(nodeId: string, wallet: string | null): void {
+    this.#known.set(nodeId, { wallet, untilMs: this.#clock.monotonic() + WALLET_TTL_MS });
+  }
+}
+
+function requireScope(
+  claims: ClientClaims,
+  access: Access,
+  code: 'unauthenticated' | 'permission_denied',
+): void {
   if (access === 'write' && !claims.canWrite) {
-    // 401 and not 403: so the reference answers read-only tokens.
-    throw new MillraceError('unauthenticated', 'this token is read-only; use one with the scope domain:rw');
+    throw new MillraceError(code, 'this token is read-only; use one with the scope domain:rw');
   }
 }
 

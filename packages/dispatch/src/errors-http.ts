@@ -40,6 +40,7 @@ export function errorBody(error: MillraceError): { readonly code: ErrorCode; rea
 export function publicError(
   thrown: unknown,
   requestId: string,
+  bodyLimit?: number,
 ): { readonly status: number; readonly error: MillraceError } {
   if (MillraceError.is(thrown) && thrown.code !== 'internal') {
     return { status: statusOf(thrown), error: thrown };
@@ -47,10 +48,7 @@ export function publicError(
   const { statusCode, message, code } = (thrown ?? {}) as Partial<FastifyError>;
   if (!MillraceError.is(thrown) && statusCode !== undefined && statusCode >= 400 && statusCode < 500) {
     const ours: ErrorCode = statusCode === 413 ? 'resource_exhausted' : 'invalid_argument';
-    const text =
-      code === 'FST_ERR_CTP_INVALID_MEDIA_TYPE'
-        ? 'the body must be JSON with "Content-Type: application/json"'
-        : (message ?? 'the request is not acceptable');
+    const text = refusalText(code, bodyLimit) ?? message ?? 'the request is not acceptable';
     return { status: statusCode, error: new MillraceError(ours, text) };
   }
   return {
@@ -60,6 +58,17 @@ export function publicError(
       `the dispatcher failed; its log has the cause under request ${requestId}`,
     ),
   };
+}
+
+/** Fastify's refusals that leave out what to do, in our words. */
+function refusalText(code: string | undefined, bodyLimit: number | undefined): string | null {
+  if (code === 'FST_ERR_CTP_INVALID_MEDIA_TYPE') {
+    return 'the body must be JSON with "Content-Type: application/json"';
+  }
+  if (code === 'FST_ERR_CTP_BODY_TOO_LARGE' && bodyLimit !== undefined) {
+    return `the body must be at most ${bodyLimit} bytes`;
+  }
+  return null;
 }
 
 /** Logs what an operator should see of an error answer. Client errors are the client's; they show in the metrics. */
@@ -78,7 +87,7 @@ export function logError(log: Logger, request: FastifyRequest, status: number, t
 /** The error handler of all routes but DDS. */
 export function jsonErrorHandler(log: Logger) {
   return (thrown: unknown, request: FastifyRequest, reply: FastifyReply): void => {
-    const { status, error } = publicError(thrown, request.id);
+    const { status, error } = publicError(thrown, request.id, request.routeOptions.bodyLimit);
     logError(log, request, status, thrown);
     answerHeaders(reply, status, error);
     void reply.code(status).send({ error: errorBody(error) });
@@ -88,7 +97,7 @@ export function jsonErrorHandler(log: Logger) {
 /** The error handler of DDS, whose peers expect plain text. */
 export function textErrorHandler(log: Logger) {
   return (thrown: unknown, request: FastifyRequest, reply: FastifyReply): void => {
-    const { status, error } = publicError(thrown, request.id);
+    const { status, error } = publicError(thrown, request.id, request.routeOptions.bodyLimit);
     logError(log, request, status, thrown);
     answerHeaders(reply, status, error);
     void reply.code(status).type('text/plain; charset=utf-8').send(error.message);

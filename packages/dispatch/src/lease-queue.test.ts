@@ -5,7 +5,7 @@ import { until } from './harness.test.support.ts';
 import { parseJobSpec } from './job-spec.ts';
 import { LeaseQueue } from './lease-queue.ts';
 import { Signals } from './signals.ts';
-import type { LeaseRequest, Store } from './store.ts';
+import type { LeaseRequest, Standby, Store } from './store.ts';
 import { openSqliteStore } from './stores/sqlite.ts';
 
 const CAPABILITY = '/work/v1';
@@ -19,8 +19,11 @@ let queue: LeaseQueue;
 let questions: number;
 /** Called with the store's answer before the queue sees it. */
 let beforeAnswer: () => void;
+/** Whether the store grants within the commit that makes tasks runnable; one whose commit takes its time cannot. */
+let standsBy: boolean;
 
 beforeEach(async () => {
+  standsBy = true;
   store = await openSqliteStore({ path: ':memory:' });
   questions = 0;
   beforeAnswer = () => {};
@@ -33,6 +36,17 @@ beforeEach(async () => {
           beforeAnswer();
           return answers;
         };
+      }
+      if (name === 'standBy') {
+        return (standby: Standby) =>
+          target.standBy({
+            requests: () => {
+              const requests = standsBy ? standby.requests() : [];
+              questions += requests.length;
+              return requests;
+            },
+            granted: (outcomes) => standby.granted(outcomes),
+          });
       }
       const value: unknown = Reflect.get(target, name);
       return typeof value === 'function' ? value.bind(target) : value;
@@ -86,7 +100,14 @@ async function submit(count: number, capability = CAPABILITY): Promise<void> {
   expect(outcome?.ok).toBe(true);
 }
 
-describe('waiting', () => {
+describe.each([
+  { how: 'where leases are part of the commit that makes tasks runnable', stands: true },
+  { how: 'where the store is asked after it', stands: false },
+])('waiting, $how', ({ stands }) => {
+  beforeEach(() => {
+    standsBy = stands;
+  });
+
   test('a thousand waiting nodes and one new task cost a handful of questions', async () => {
     const nodes = await Promise.all(Array.from({ length: 1000 }, () => addNode()));
     const waiting = nodes.map((node) => ask(node));
@@ -175,6 +196,8 @@ describe('waiting', () => {
   });
 
   test('a task won for a waiter that left meanwhile goes back, uncounted, and to the next', async () => {
+    // Nobody can leave within a commit.
+    standsBy = false;
     const controller = new AbortController();
     const gone = ask(await addNode(), { signal: controller.signal });
     await until(() => queue.waiting === 1);
@@ -201,4 +224,22 @@ describe('waiting', () => {
     ]);
     expect(await ask(await addNode())).toEqual({ leases: [], busy: false });
   });
+});
+
+test('a waiter whose question is with the store is not asked again by the commit that comes first', async () => {
+  standsBy = false;
+  const node = await addNode();
+  const waiting = ask(node);
+  await until(() => queue.waiting === 1);
+  // The pump's question and the submission behind it run in one transaction, which then grants to those who stand by.
+  const submitted: Promise<void>[] = [];
+  using _ = signals.onRunnable(() => {
+    if (submitted.length > 0) return;
+    standsBy = true;
+    submitted.push(submit(1));
+  });
+  await submit(1);
+  expect((await waiting).leases).toHaveLength(1);
+  await Promise.all(submitted);
+  expect((await store.stats()).tasks).toMatchObject({ queued: 1, leased: 1 });
 });

@@ -30,7 +30,14 @@ class PromMetrics implements Metrics {
   readonly #jobs: Gauge;
   readonly #oldest: Gauge;
   readonly #leases: Counter;
-  readonly #endings: Counter;
+  /** Counted here and handed over when read: the library looks labels up for every count, and completions come by the batch. */
+  readonly #endings: Record<AttemptOutcome, number> = {
+    completed: 0,
+    failed: 0,
+    released: 0,
+    expired: 0,
+    canceled: 0,
+  };
   readonly #requests: Counter;
   readonly #durations: Histogram;
   readonly #loopDelay: IntervalHistogram;
@@ -61,12 +68,20 @@ class PromMetrics implements Metrics {
       help: 'Leases given to nodes.',
       registers,
     });
-    this.#endings = new Counter({
-      name: 'millrace_attempts_ended_total',
-      help: 'Attempts ended, by outcome.',
-      labelNames: ['outcome'],
-      registers,
-    });
+    const endings = this.#endings;
+    this.#registry.registerMetric(
+      new Counter({
+        name: 'millrace_attempts_ended_total',
+        help: 'Attempts ended, by outcome.',
+        labelNames: ['outcome'],
+        registers: [],
+        collect() {
+          this.reset();
+          // All of them, also at 0: the first report of an outcome must not be its first appearance, rate() would miss it.
+          for (const [outcome, count] of Object.entries(endings)) this.inc({ outcome }, count);
+        },
+      }),
+    );
     this.#requests = new Counter({
       name: 'millrace_http_requests_total',
       help: 'Requests answered, by method, route and status.',
@@ -81,10 +96,6 @@ class PromMetrics implements Metrics {
       registers,
     });
     this.#read('millrace_lease_waiters', 'Long polls waiting for work.', () => this.#waiting());
-    // The first report of an outcome must not be its first appearance: rate() would miss it.
-    for (const outcome of ['completed', 'failed', 'released', 'expired', 'canceled'] as const) {
-      this.#endings.inc({ outcome }, 0);
-    }
     // By hand and not collectDefaultMetrics, whose observers nothing ever stops.
     this.#loopDelay = monitorEventLoopDelay({ resolution: 20 });
     this.#loopDelay.enable();
@@ -96,7 +107,7 @@ class PromMetrics implements Metrics {
   }
 
   ended(outcome: AttemptOutcome, count = 1): void {
-    this.#endings.inc({ outcome }, count);
+    this.#endings[outcome] += count;
   }
 
   request(method: string, route: string, status: number, seconds: number): void {

@@ -79,6 +79,14 @@ describe('bad input', () => {
     expect(answer.status).toBe(400);
   });
 
+  test('a path that cannot be decoded is 400 in the form of every other error', async () => {
+    const answer = await server.call('GET', '/v1/jobs/%ff');
+    expect(answer.status).toBe(400);
+    expect(answer.body).toEqual({
+      error: { code: 'invalid_argument', message: expect.stringContaining('%ff') },
+    });
+  });
+
   test('an unknown path is 404, a known one with another method 405 with the methods it has', async () => {
     const unknown = await server.call('GET', '/v1/nothing');
     expect(unknown.status).toBe(404);
@@ -86,6 +94,18 @@ describe('bad input', () => {
     const wrong = await server.call('PUT', '/v1/jobs/2f9f6b57-2c7b-4e0e-8d1b-7f8d0a4f9c10');
     expect(wrong.status).toBe(405);
     expect(wrong.header('allow')).toBe('DELETE, GET');
+  });
+
+  test('a domain server says the same in plain text', async () => {
+    const unknown = await server.call('GET', '/api/v1/domains/x/lighthouses');
+    expect([unknown.status, unknown.text]).toEqual([404, 'route not found']);
+    expect(unknown.header('content-type')).toBe('text/plain; charset=utf-8');
+    const wrong = await server.call('DELETE', '/api/v1/info');
+    expect([wrong.status, wrong.header('allow'), wrong.header('content-type')]).toEqual([
+      405,
+      'GET',
+      'text/plain; charset=utf-8',
+    ]);
   });
 
   test('bytes that are no request are 400', async () => {

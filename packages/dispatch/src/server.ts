@@ -87,7 +87,7 @@ export async function openDispatcher(options: DispatcherOptions): Promise<Dispat
     clock,
     random: options.random ?? Math.random,
     log,
-    auth: new BearerAuth(tokens),
+    auth: new BearerAuth(tokens, store, clock),
     tokens,
     metrics,
     signals,
@@ -170,6 +170,8 @@ function createApp(context: ServerContext, bodies: BodyWatch): FastifyInstance {
     },
     ajv: { customOptions: { coerceTypes: false, removeAdditional: false, useDefaults: false } },
     clientErrorHandler: answerClientError,
+    // A path that cannot be decoded reaches no route and so no error handler.
+    frameworkErrors: (error, request, reply) => jsonErrorHandler(log)(error, request, reply),
   });
   app.removeAllContentTypeParsers();
   app.addContentTypeParser('application/json', { parseAs: 'string' }, (_request, text, done) => {
@@ -196,21 +198,22 @@ function createApp(context: ServerContext, bodies: BodyWatch): FastifyInstance {
   const routes = new RouteTable();
   app.addHook('onRoute', ({ url, method }) => routes.add(url, [method].flat()));
   app.setNotFoundHandler((request, reply) => {
-    const allowed = routes.methodsFor(pathOf(request));
-    if (allowed.length > 0) {
-      void reply
-        .code(405)
-        .header('allow', allowed.join(', '))
-        .send({
-          error: {
-            code: 'unimplemented',
-            message: `${request.method} is not possible here; ${allowed.join(', ')} is`,
-          },
-        });
-      return;
-    }
-    const message = `there is no route ${request.method} ${pathOf(request).slice(0, 200)}`;
-    void reply.code(404).send({ error: { code: 'not_found', message } });
+    const path = pathOf(request);
+    const allowed = routes.methodsFor(path);
+    const [status, code, message] =
+      allowed.length > 0
+        ? ([
+            405,
+            'unimplemented',
+            `${request.method} is not possible here; ${allowed.join(', ')} is`,
+          ] as const)
+        : ([404, 'not_found', `there is no route ${request.method} ${path.slice(0, 200)}`] as const);
+    if (status === 405) void reply.header('allow', allowed.join(', '));
+    void reply.code(status);
+    // A domain server says so in plain text, and of a path it does not know in these words.
+    if (path.startsWith('/api/v1/')) {
+      void reply.type('text/plain; charset=utf-8').send(status === 404 ? 'route not found' : message);
+    } else void reply.send({ error: { code, message } });
   });
   // Each in a scope of its own, so that content type parsers of one do not reach another.
   for (const register of [
@@ -258,7 +261,8 @@ function checkTree(value: unknown, left: number, maxDepth: number): void {
     for (const item of value) checkTree(item, left - 1, maxDepth);
     return;
   }
-  for (const key of Object.keys(value)) {
+  // All members are the object's own: JSON.parse made it. Unlike Object.keys this makes no list.
+  for (const key in value) {
     if (key === '__proto__') {
       throw new MillraceError('invalid_argument', 'the body has a member "__proto__", which is not allowed');
     }

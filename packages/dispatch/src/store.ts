@@ -202,6 +202,14 @@ export interface UploadRecord {
   readonly parts: readonly { readonly partNumber: number; readonly etag: string; readonly size: number }[];
 }
 
+/** Those who wait for work. Both are called in one synchronous step, in this order; the second only if it was committed. */
+export interface Standby {
+  /** A transaction has made tasks runnable and is about to commit: who shall be given some of them? In this order. */
+  requests(): readonly LeaseRequest[];
+  /** Committed. The answers, in the order of the requests; before listeners hear of the change. */
+  granted(outcomes: readonly Outcome<LeaseAnswer>[]): void;
+}
+
 export type StoreChange =
   | { readonly kind: 'runnable' }
   | { readonly kind: 'job'; readonly jobId: string }
@@ -259,7 +267,8 @@ export interface Store extends AsyncDisposable {
   setting(name: string, create: () => JsonObject): Promise<JsonObject>;
 
   // Data items and chunked uploads. The bytes are in the blob store.
-  putData(write: DataWrite): Promise<DataRecord>;
+  /** All of them or, when one is refused, none. Two writes of one call must not be for the same item or name. */
+  putData(writes: readonly DataWrite[]): Promise<readonly DataRecord[]>;
   getData(domainId: string, id: string): Promise<DataRecord | null>;
   findData(query: DataQuery): Promise<readonly DataRecord[]>;
   deleteData(domainId: string, id: string): Promise<boolean>;
@@ -279,4 +288,10 @@ export interface Store extends AsyncDisposable {
   stats(): Promise<StoreStats>;
   /** Calls `listener` after each commit that changed something of interest. */
   subscribe(listener: (change: StoreChange) => void): Disposable;
+  /**
+   * Lets requests that wait for work share the commit that makes tasks runnable, instead of one more commit after it. Only
+   * for a store whose commit is one synchronous step; any other never calls, and its waiters ask with {@link lease}
+   * when they hear of the change.
+   */
+  standBy(standby: Standby): Disposable;
 }

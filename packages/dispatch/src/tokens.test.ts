@@ -7,6 +7,7 @@ import { openTokens, type Tokens } from './tokens.ts';
 
 const NODE = {
   nodeId: '3f6c1d0e-7a55-4c5e-9f0b-2d8a64b1c7e9',
+  wallet: '0x1a642f0e3c3af545e7acbd38b07251b3990914f1',
   organizationId: '9c0c8f4e-2f7b-4a57-8f0a-0c7f7c1f5b21',
   mode: 'dedicated',
   capabilities: ['/a/v1'],

@@ -35,6 +35,8 @@ const MAX_TOKEN_LENGTH = 96 * 1024;
 export interface NodeClaims {
   readonly kind: 'node';
   readonly nodeId: string;
+  /** The node's when the token was made: another one means that the node was registered anew by somebody else. */
+  readonly wallet: string;
   readonly organizationId: string;
   readonly mode: NodeMode;
   readonly capabilities: readonly string[];
@@ -125,6 +127,7 @@ class Es256Tokens implements Tokens {
         aud: [NODE_AUDIENCE],
         token_use: 'node',
         node_id: claims.nodeId,
+        wallet: claims.wallet,
         organization_id: claims.organizationId,
         node_mode: claims.mode,
         capabilities: claims.capabilities,
@@ -221,6 +224,7 @@ function claimsOf(payload: JWTPayload): Claims {
       return {
         kind: 'node',
         nodeId: payload['node_id'] as string,
+        wallet: payload['wallet'] as string,
         organizationId: payload['organization_id'] as string,
         mode: payload['node_mode'] as NodeMode,
         capabilities: payload['capabilities'] as string[],

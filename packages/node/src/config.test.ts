@@ -31,6 +31,7 @@ const DEFAULTS: NodeConfig = {
   enableNoop: false,
   noopSleepMs: 5_000,
   clientId: null,
+  proxy: { http: null, https: null, no: '' },
 };
 
 const config = (env: Env): NodeConfig => parseNodeEnv({ ...REQUIRED, ...env });
@@ -82,6 +83,9 @@ describe('parseNodeEnv', () => {
         NOOP_SLEEP_SECS: '9',
         CLIENT_ID: 'node-1',
         LOG_LEVEL: 'debug',
+        HTTP_PROXY: 'http://proxy:3128',
+        HTTPS_PROXY: 'https://user:pass@secure',
+        NO_PROXY: 'localhost, 10.0.0.0/8',
       }),
     ).toEqual({
       ...DEFAULTS,
@@ -105,7 +109,40 @@ describe('parseNodeEnv', () => {
       enableNoop: true,
       noopSleepMs: 9_000,
       clientId: 'node-1',
+      proxy: {
+        http: 'http://proxy:3128',
+        https: 'https://user:pass@secure',
+        no: 'localhost, 10.0.0.0/8',
+      },
     } satisfies NodeConfig);
+  });
+
+  test.each([
+    [{ ALL_PROXY: 'http://all' }, { http: 'http://all', https: 'http://all', no: '' }],
+    [
+      { ALL_PROXY: 'http://all', HTTPS_PROXY: 'http://s' },
+      { http: 'http://all', https: 'http://s', no: '' },
+    ],
+    [{ HTTP_PROXY: 'http://p' }, { http: 'http://p', https: null, no: '' }],
+    [
+      { http_proxy: 'p:3128', no_proxy: '*' },
+      { http: 'http://p:3128', https: null, no: '*' },
+    ],
+    [
+      { HTTP_PROXY: 'http://upper', http_proxy: 'http://lower' },
+      { http: 'http://upper', https: null, no: '' },
+    ],
+    [
+      { HTTP_PROXY: ' ', http_proxy: 'http://lower' },
+      { http: 'http://lower', https: null, no: '' },
+    ],
+    // What the reference cannot use it does without, and an environment that starts it starts this node.
+    [
+      { HTTP_PROXY: 'socks5://p', HTTPS_PROXY: 'http://' },
+      { http: null, https: null, no: '' },
+    ],
+  ])('the proxies of %j', (env: Env, proxy) => {
+    expect(config(env).proxy).toEqual(proxy);
   });
 
   test('lenient variables are trimmed, and blank ones are unset', () => {
@@ -274,6 +311,8 @@ describe('describeConfig', () => {
       REQUEST_TIMEOUT_SECS: '0',
       RUST_LOG: 'debug',
       CLIENT_ID: ' ',
+      http_proxy: 'http://user:pass@proxy:3128',
+      HTTPS_PROXY: 'socks5://proxy',
     });
     expect(entries).toEqual([
       { name: 'DMS_BASE_URL', value: 'https://dms.auki.network/v1', source: null },
@@ -302,6 +341,10 @@ describe('describeConfig', () => {
       { name: 'NOOP_SLEEP_SECS', value: 5, source: null },
       { name: 'CLIENT_ID', value: null, source: null },
       { name: 'LOG_LEVEL', value: 'debug', source: 'RUST_LOG' },
+      { name: 'HTTP_PROXY', value: 'http://<redacted>@proxy:3128', source: 'http_proxy' },
+      { name: 'HTTPS_PROXY', value: null, source: 'HTTPS_PROXY' },
+      { name: 'ALL_PROXY', value: null, source: null },
+      { name: 'NO_PROXY', value: null, source: null },
     ]);
     expect(JSON.stringify(entries)).not.toContain(KEY.slice(0, 16));
     expect(JSON.stringify(entries)).not.toContain(SECRET.slice(0, 16));
@@ -325,6 +368,10 @@ describe('describeConfig', () => {
       SECP256K1_PRIVHEX: 'required',
       NODE_VERSION: "the engine's version",
       CLIENT_ID: 'random',
+      HTTP_PROXY: 'none',
+      HTTPS_PROXY: 'none',
+      ALL_PROXY: 'none',
+      NO_PROXY: 'none',
     };
     const expected = describeConfig(REQUIRED).map(({ name, value }) => [
       name,

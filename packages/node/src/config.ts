@@ -8,7 +8,7 @@
  * tolerated (swapped bounds, ratios out of range), values no node can work with are refused.
  */
 import { MillraceError, type LogLevel } from '@millrace/runner';
-import { walletAddress } from '@millrace/dispatch/client';
+import { walletAddress, type ProxySettings } from '@millrace/dispatch/client';
 import { z } from 'zod';
 import { ENGINE_VERSION } from './version.ts';
 
@@ -53,6 +53,8 @@ export interface NodeConfig {
   readonly noopSleepMs: number;
   /** Sent as `posemesh-client-id`; null lets the node choose one for the life of the process. */
   readonly clientId: string | null;
+  /** Which requests go through a proxy. */
+  readonly proxy: ProxySettings;
 }
 
 /** One line of {@link describeConfig}. */
@@ -149,7 +151,15 @@ const VARIABLES = {
     'info',
     z.string().transform((text) => levelOf(text) ?? 'info'),
   ),
+  // Not the node's own, but those of every program on the machine; what others make of them is no error here either.
+  HTTP_PROXY: optional(z.string().transform(proxyUrl)),
+  HTTPS_PROXY: optional(z.string().transform(proxyUrl)),
+  ALL_PROXY: optional(z.string().transform(proxyUrl)),
+  NO_PROXY: optional(z.string()),
 } as const;
+
+/** These are also read in lower case, as everywhere. */
+const ANY_CASE: ReadonlySet<string> = new Set(['HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY', 'NO_PROXY']);
 
 type Name = keyof typeof VARIABLES;
 const NAMES = Object.keys(VARIABLES) as Name[];
@@ -188,6 +198,11 @@ export function parseNodeEnv(env: Env): NodeConfig {
     enableNoop: values.ENABLE_NOOP,
     noopSleepMs: secondsToMs(values.NOOP_SLEEP_SECS),
     clientId: values.CLIENT_ID,
+    proxy: {
+      http: values.HTTP_PROXY ?? values.ALL_PROXY,
+      https: values.HTTPS_PROXY ?? values.ALL_PROXY,
+      no: values.NO_PROXY ?? '',
+    },
   });
 }
 
@@ -208,8 +223,11 @@ export function describeConfig(env: Env): readonly ConfigEntry[] {
     LOG_LEVEL: config.logLevel,
     REG_SECRET: '<redacted>',
     SECP256K1_PRIVHEX: `<redacted> (wallet ${walletAddress(config.privateKeyHex)})`,
+    HTTP_PROXY: withoutPassword(values.HTTP_PROXY),
+    HTTPS_PROXY: withoutPassword(values.HTTPS_PROXY),
+    ALL_PROXY: withoutPassword(values.ALL_PROXY),
   };
-  const sourceOf = (name: Name): string | null => (textOf(env, name) === null ? null : name);
+  const sourceOf = (name: Name): string | null => (textOf(env, name) === null ? null : spelled(env, name));
   return NAMES.filter((name) => name !== 'RUST_LOG').map((name) => ({
     name,
     value: shown[name],
@@ -217,9 +235,14 @@ export function describeConfig(env: Env): readonly ConfigEntry[] {
   }));
 }
 
+/** The name under which a variable is set, if it is. */
+function spelled(env: Env, name: Name): string {
+  return ANY_CASE.has(name) && !env[name]?.trim() ? name.toLowerCase() : name;
+}
+
 /** The text a variable gives, or null when it is unset under its own rule. */
 function textOf(env: Env, name: Name): string | null {
-  const text = env[name];
+  const text = env[spelled(env, name)];
   if (text === undefined) return null;
   if (!VARIABLES[name].lenient) return text;
   // The reference trims all of these but NODE_VERSION, which is trimmed where it is used.
@@ -325,6 +348,16 @@ function headerValue(name: string): z.ZodType<string, string> {
     }
     return text;
   });
+}
+
+/** Null for what is no proxy that can be used, such as one of the SOCKS kind: then there is none. */
+function proxyUrl(text: string): string | null {
+  const url = /^[a-z][a-z0-9+.-]*:\/\//i.test(text) ? text : `http://${text}`;
+  return URL.canParse(url) && /^https?:$/.test(new URL(url).protocol) ? url : null;
+}
+
+function withoutPassword(url: string | null): string | null {
+  return url === null ? null : url.replace(/\/\/[^/@]*@/, '//<redacted>@');
 }
 
 function privateKey(): z.ZodType<string, string> {

@@ -10,9 +10,9 @@
  * - Trouble on the way (transport, 5xx, 429, 401, undecodable answers) is retried with growing pauses until the
  *   lease's deadline. 404, 409 and 410 mean the lease is gone. A body the server will never take is dropped, counted
  *   and told, and the lease goes on without it: what a runner says cannot cost it the lease.
- * - The expiry is a wall-clock time of the server's; it is turned into a span when it arrives, by the server's clock if
- *   that shows ours to be wrong, and from there on the monotonic clock counts: neither a wrong clock of this machine
- *   nor a jump of it ends or stretches a lease.
+ * - The expiry is a wall-clock time of the server's; it is turned into a span when it arrives, with the server's
+ *   clock in mind if that differs from ours, and from there on the monotonic clock counts: neither a wrong clock of this
+ *   machine nor a jump of it ends or stretches a lease.
  */
 import {
   MillraceError,
@@ -28,7 +28,7 @@ import {
 } from '@millrace/runner';
 import { timestampMs } from '@millrace/runner/decode';
 import type { Dms, HeartbeatReply, LeaseHandle } from '@millrace/dispatch/client';
-import { clockErrorMs } from './clock-error.ts';
+import { remainingMs } from './clock-error.ts';
 import { attemptTimeoutMs, backoffMs, callWithin, isBodyRefused, isLeaseGone } from './retry.ts';
 
 export interface HeartbeatSettings {
@@ -66,13 +66,12 @@ const ENDED_STATUSES: readonly string[] = ['cancelled', 'canceled', 'failed', 'c
  * out of range.
  */
 export function heartbeatDelayMs(
-  leaseExpiresAt: string | null,
-  nowMs: number,
+  leftMs: number | null,
   ratios: { readonly minRatio: number; readonly maxRatio: number },
   random: Random,
 ): number | null {
-  if (leaseExpiresAt === null) return null;
-  const ttl = Math.trunc(timestampMs(leaseExpiresAt) - nowMs);
+  if (leftMs === null) return null;
+  const ttl = Math.trunc(leftMs);
   if (ttl <= 0) return 0;
   const lo = Math.max(0, Math.min(ratios.minRatio, ratios.maxRatio));
   const hi = Math.max(lo, ratios.minRatio, ratios.maxRatio);
@@ -436,10 +435,13 @@ export class Heartbeats {
 
   #rearm(serverTimeMs: number | null = null): void {
     const { clock, random, settings } = this.#options;
-    const wall = clock.now() + clockErrorMs(clock, serverTimeMs);
     const now = clock.monotonic();
-    const delay = heartbeatDelayMs(this.#leaseExpiresAt, wall, settings, random);
-    if (this.#leaseExpiresAt === null || delay === null) {
+    const leftMs =
+      this.#leaseExpiresAt === null
+        ? null
+        : remainingMs(clock, timestampMs(this.#leaseExpiresAt), serverTimeMs);
+    const delay = heartbeatDelayMs(leftMs, settings, random);
+    if (leftMs === null || delay === null) {
       this.#dueAt = null;
       this.#deadline = null;
     } else if (delay === 0) {
@@ -447,7 +449,7 @@ export class Heartbeats {
       this.#deadline = null;
     } else {
       this.#dueAt = now + delay;
-      this.#deadline = now + (timestampMs(this.#leaseExpiresAt) - wall);
+      this.#deadline = now + leftMs;
     }
   }
 

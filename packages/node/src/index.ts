@@ -1,5 +1,6 @@
 export { createNode } from './node.ts';
 export type { ComputeNode, NodeOptions, NodeState } from './node.ts';
+export type { CallbackAddress } from './callbacks.ts';
 export { RunnerRouter } from './router.ts';
 export type { RunnerRegistration } from './router.ts';
 export { describeConfig, parseNodeEnv } from './config.ts';

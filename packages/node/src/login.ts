@@ -13,7 +13,7 @@
  * ... 60 s, or what the service asks for); who needs a token meanwhile waits for that next one.
  *
  * All deadlines are monotonic, so a wall clock that is set while the token lives changes nothing. A wall clock that is
- * wrong shows in the service's `Date`, and the token's lifetime is then taken from the service's clock.
+ * wrong shows in the service's `Date`, which is then minded (`clock-error.ts`).
  */
 import { MillraceError, describeError, sleep, type Clock, type Logger, type Random } from '@millrace/runner';
 import {
@@ -23,7 +23,7 @@ import {
   type Dds,
   type TokenSource,
 } from '@millrace/dispatch/client';
-import { clockErrorMs } from './clock-error.ts';
+import { clockErrorMs, remainingMs } from './clock-error.ts';
 import type { NodeConfig } from './config.ts';
 import { retryAfterOf, transientBackoffMs } from './dds-backoff.ts';
 import { waitFor } from './wait-for.ts';
@@ -172,9 +172,9 @@ class DdsLogin implements Login {
 
     const now = this.#clock.monotonic();
     const behindMs = clockErrorMs(this.#clock, answer.serverTimeMs);
-    const ttl = answer.expiresAtMs - (this.#clock.now() + behindMs);
+    const ttl = remainingMs(this.#clock, answer.expiresAtMs, answer.serverTimeMs);
     if (behindMs !== 0) {
-      log.warn('the clock of this machine is wrong by that of the service, which is used instead; set it', {
+      log.warn('the clock of this machine differs from that of the service, which is minded; set it', {
         behind_ms: Math.round(behindMs),
       });
     }

@@ -14,6 +14,7 @@ import {
   type Runner,
 } from '@millrace/runner';
 import { openDomainPool, openHttpDds, openHttpDms, walletAddress } from '@millrace/dispatch/client';
+import { openCallbacks, type CallbackAddress } from './callbacks.ts';
 import type { NodeConfig } from './config.ts';
 import { Engine } from './engine.ts';
 import { DEFAULT_COALESCE_MS } from './heartbeat.ts';
@@ -45,6 +46,13 @@ export interface NodeOptions {
   readonly taskWallMs?: number;
   /** Shortest time between heartbeats that only carry progress or events. Default 250 ms. */
   readonly progressIntervalMs?: number;
+  /**
+   * How often the node registers again although it is registered. Default: as often as the dispatcher announces, which for
+   * the reference's services and for our own is never; newer services want 120,000 ms.
+   */
+  readonly repeatRegistrationMs?: number;
+  /** Takes the callbacks of older services at this address; see `callbacks.ts` for what that opens. Default: none. */
+  readonly callbacks?: CallbackAddress;
   /** Default: measures nothing. */
   readonly metrics?: MetricsBackend;
   /** Default: as the configuration says, to standard error. */
@@ -65,7 +73,8 @@ export interface ComputeNode extends AsyncDisposable {
    * Sweeps left-overs, registers, logs in, then leases and runs tasks until stopped. Resolves once everything has
    * ended and the runners are closed. Called once.
    *
-   * @throws MillraceError when it cannot start: the first login is refused, the work folder cannot be used.
+   * @throws MillraceError when it cannot start: the first login is refused, the work folder or the address for callbacks
+   * cannot be used.
    */
   run(): Promise<void>;
   /**
@@ -166,13 +175,14 @@ class Node implements ComputeNode {
     const signal = this.#stopping.signal;
     const identity = { privateKeyHex: config.privateKeyHex, wallet: this.wallet, clock, random, log };
     const timeoutMs = config.requestTimeoutMs;
+    const { proxy } = config;
 
     await using workspace = await openWorkspace({
       workDir: this.#options.workDir ?? join(tmpdir(), `millrace-${this.wallet}`),
       clock,
       log,
     });
-    await using dds = openHttpDds({ baseUrl: config.ddsBaseUrl, timeoutMs });
+    await using dds = openHttpDds({ baseUrl: config.ddsBaseUrl, timeoutMs, proxy });
     await using registration = openRegistration({
       ...identity,
       dds,
@@ -184,10 +194,16 @@ class Node implements ComputeNode {
       intervalMs: config.registerIntervalMs,
       maxRetry: config.registerMaxRetry,
       repeatEveryMs: () => {
+        if (this.#options.repeatRegistrationMs !== undefined) return this.#options.repeatRegistrationMs;
         const seconds = this.#engine?.features.registrationIntervalSecs ?? null;
         return seconds === null ? null : seconds * 1000;
       },
     });
+    const { callbacks } = this.#options;
+    await using _listener =
+      callbacks === undefined
+        ? null
+        : await openCallbacks({ ...callbacks, onRegistered: () => registration.told(), clock, log });
     await using login = openLogin({
       ...identity,
       dds,
@@ -202,8 +218,8 @@ class Node implements ComputeNode {
       throw error;
     }
 
-    await using dms = openHttpDms({ baseUrl: config.dmsBaseUrl, tokens: login, timeoutMs });
-    await using domains = openDomainPool();
+    await using dms = openHttpDms({ baseUrl: config.dmsBaseUrl, tokens: login, timeoutMs, proxy });
+    await using domains = openDomainPool({ proxy });
     // One for the life of the node: the services charge once per client.
     const clientId = config.clientId ?? `posemesh-compute-node/${randomUUID()}`;
     const engine = new Engine({

@@ -439,6 +439,55 @@ describe('lost', () => {
   });
 });
 
+describe('told by the service', () => {
+  test('ends the waiting and the attempts, until the registration is lost', async () => {
+    const { clock, dds, open } = world();
+    dds.before = (call) => {
+      if (call === 'register') throw statusError('register', 403);
+    };
+    const registration = open();
+    await clock.advance(10_000);
+    const waiting = registration.waitRegistered();
+    expect(registration.told()).toBe(true);
+    await waiting;
+    expect(registration.state).toBe('registered');
+    await clock.advance(1_000_000);
+    expect(attempts(dds)).toEqual([0]);
+    registration.lost();
+    expect(registration.state).toBe('disconnected');
+    await clock.advance(0);
+    expect(attempts(dds)).toEqual([0, 1010]);
+    await registration.close();
+    expect(registration.told()).toBe(false);
+  });
+
+  test('in the middle of an attempt that then fails, it stays registered', async () => {
+    const { clock, dds, open } = world();
+    dds.before = async (call, signal) => {
+      if (call !== 'register') return;
+      await sleep(clock, 1_000, signal);
+      throw transportError();
+    };
+    const registration = open();
+    await clock.advance(500);
+    registration.told();
+    await clock.advance(1_000_000);
+    expect(registration.state).toBe('registered');
+    expect(attempts(dds)).toEqual([0]);
+    await registration.close();
+  });
+
+  test('changes nothing for a node that is registered', async () => {
+    const { clock, dds, open } = world();
+    const registration = open({ repeatEveryMs: () => 100_000 });
+    await clock.advance(50_000);
+    expect(registration.told()).toBe(true);
+    await clock.advance(50_000);
+    expect(attempts(dds)).toEqual([0, 100]);
+    await registration.close();
+  });
+});
+
 describe('waiting and closing', () => {
   test('each wait can be cancelled by itself', async () => {
     const { clock, dds, open } = world();

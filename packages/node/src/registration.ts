@@ -3,7 +3,8 @@
  *
  * States: `disconnected` at first and whenever the service has forgotten the node; `registering` from the first attempt
  * until one succeeds; `registered` then. What ends an attempt decides when the next one is:
- * - success: none, until {@link Registration.lost} or the repetition the service asks for.
+ * - success, or the word of the service ({@link Registration.told}): none, until {@link Registration.lost} or the repetition
+ *   the service asks for.
  * - transient (408, 429, 5xx, transport, an answer that cannot be decoded): about 2, 4, 8 ... 60 s, or what `Retry-After`
  *   says if that is longer; after `maxRetry` in a row one cooldown and the count starts anew.
  * - conflict (409, another node with this identity is online) and slow (every other status, no capabilities): a cooldown.
@@ -55,6 +56,11 @@ export interface Registration extends AsyncDisposable {
   waitRegistered(signal?: AbortSignal): Promise<void>;
   /** The service does not know this node any more. Registers again, at most once a second; else no effect. */
   lost(): void;
+  /**
+   * The service says that it knows this node: as good as a registration of its own, and until it is {@link lost} no other
+   * is tried. False once closed.
+   */
+  told(): boolean;
   /** Ends an attempt under way and all waits. Resolves when the loop has ended. */
   close(): Promise<void>;
 }
@@ -94,6 +100,8 @@ class RegistrationLoop implements Registration {
   /** Monotonic. */
   #lastAttemptAt = -Infinity;
   #transientInARow = 0;
+  /** {@link Registration.told}, and not lost since. */
+  #told = false;
   readonly #warnedAt = new Map<FailureClass, number>();
 
   constructor(options: RegistrationOptions) {
@@ -135,7 +143,17 @@ class RegistrationLoop implements Registration {
     if (this.#state !== 'registered' || this.#closing.signal.aborted) return;
     this.#options.log.warn('the service does not know this node any more; registering again');
     this.#state = 'disconnected';
+    this.#told = false;
     this.#wake();
+  }
+
+  told(): boolean {
+    if (this.#closing.signal.aborted) return false;
+    if (this.#state === 'registered') return true;
+    this.#told = true;
+    this.#settle();
+    this.#wake();
+    return true;
   }
 
   async close(): Promise<void> {
@@ -158,8 +176,8 @@ class RegistrationLoop implements Registration {
       this.#lastAttemptAt = this.#clock.monotonic();
       const pause = await this.#attempt(signal);
       if (signal.aborted) return;
-      if (pause === null) await this.#park(signal);
-      else await this.#rest(pause);
+      if (pause !== null) await this.#rest(pause);
+      if (pause === null || this.#told) await this.#park(signal);
       // `lost` may have ended either early.
       const early = this.#lastAttemptAt + MIN_PAUSE_MS - this.#clock.monotonic();
       if (early > 0 && !signal.aborted) await this.#rest(early);
@@ -176,16 +194,20 @@ class RegistrationLoop implements Registration {
     } catch (error) {
       return signal.aborted ? null : this.#pauseAfter(error);
     }
-    this.#state = 'registered';
-    this.#transientInARow = 0;
-    this.#warnedAt.clear();
-    for (const { resolve } of this.#waiting) resolve();
+    this.#settle();
     if (repeating) log.debug('registration repeated');
     else {
       const { capabilities, version } = this.#request;
       log.info('registered', { wallet, capabilities: [...capabilities], version });
     }
     return null;
+  }
+
+  #settle(): void {
+    this.#state = 'registered';
+    this.#transientInARow = 0;
+    this.#warnedAt.clear();
+    for (const { resolve } of this.#waiting) resolve();
   }
 
   async #register(signal: AbortSignal): Promise<void> {

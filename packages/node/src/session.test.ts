@@ -3,6 +3,7 @@ import {
   MillraceError,
   TaskAbort,
   defineRunner,
+  sleep,
   type InputSource,
   type ArtifactSink,
   type JsonObject,
@@ -178,6 +179,26 @@ describe('a session that goes well', () => {
     expect(b.ending).toEqual({ kind: 'completed', delivery: 'accepted' });
     expect(b.outcomes).toEqual(['started', 'success']);
     expectTidy(b);
+  });
+
+  test('is followed in the log by who it is: each line names task, job, capability, lease and attempt', async () => {
+    const b = bench({
+      ours: true,
+      task: { attempts: 2 },
+      run: (ctx) => sleep(b.clock, 1_500, ctx.signal),
+    });
+    await b.begin();
+    await b.clock.advance(1_500);
+    const span = { ...JOB, lease_id: 'lease-1', attempt: 2 };
+    const { domain_id: _domain, ...identity } = span;
+    expect(b.log.lines).toEqual([
+      { level: 'debug', message: 'task started', fields: identity },
+      {
+        level: 'info',
+        message: 'task ended',
+        fields: { ...identity, ending: 'completed', delivery: 'accepted', duration_ms: 1_500 },
+      },
+    ]);
   });
 
   test('enters the runner before run returns, without a heartbeat, when the lease started the task', () => {

@@ -290,7 +290,7 @@ export class Session {
   async #work(runner: Runner, storage: SessionStorage): Promise<SessionEnding> {
     const { clock, metrics, taskWallMs, abandoned } = this.#world;
     this.#enter('running');
-    this.#log.info('task started');
+    this.#log.debug('task started');
     metrics.recordTaskStarted(runner.capability);
     const startedAt = clock.monotonic();
     this.#timers.push(

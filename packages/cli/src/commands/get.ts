@@ -5,6 +5,7 @@ import { MillraceError } from '@millrace/runner';
 import { action, examples, type Session } from '../command.ts';
 import { EXIT, type ExitCode } from '../exit-codes.ts';
 import type { CommandContext } from '../io.ts';
+import { oneLine } from '../text-width.ts';
 import { formatBytes } from '../units.ts';
 
 interface GetOptions {
@@ -68,7 +69,7 @@ async function get(
       signal: stop.signal,
     });
     out.result({ job_id: jobId, out: outDir, artifacts }, () =>
-      artifacts.map(({ file, size }) => `${file}  ${formatBytes(size)}`),
+      artifacts.map(({ file, size }) => `${oneLine(file)}  ${formatBytes(size)}`),
     );
     return EXIT.done;
   });

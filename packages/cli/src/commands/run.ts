@@ -15,6 +15,7 @@ import type { CommandContext } from '../io.ts';
 import type { JobFile } from '../job-file.ts';
 import type { ProgressDisplay } from '../progress-display.ts';
 import type { PlanOptions, RunPlan } from '../run-plan.ts';
+import { oneLine } from '../text-width.ts';
 import { formatBytes, formatDuration, parseDuration, parseInteger } from '../units.ts';
 
 interface RunOptions extends PlanOptions {
@@ -66,18 +67,23 @@ async function run(context: CommandContext, options: RunOptions, target: string)
     options.concurrency === undefined ? null : parseInteger(options.concurrency, '--concurrency', 1, 4096);
   // Only a dispatcher that was asked for: the one that may be running on the default data folder is not.
   const remote = Boolean(common.url || io.env['MILLRACE_URL']);
-  const [{ planRun }, { Interruption }, { quietLogger }] = await Promise.all([
+  const [{ planRun }, { Interruption }, { quietLogger }, { checkOutputFolder }] = await Promise.all([
     import('../run-plan.ts'),
     import('../interruption.ts'),
     import('../operator-log.ts'),
+    import('../transfer.ts'),
   ]);
+  const outDir = path.resolve(io.cwd, options.out);
+  // Before the work, not after it.
+  await checkOutputFolder(outDir);
   const plan = await planRun(io, options, target, remote);
-  using interruption = new Interruption(io);
   const screen = { print: (line: string): void => out.note(line) };
+  // Through the display once there is one, which redraws over what is written beside it.
+  using interruption = new Interruption(io, (line) => screen.print(line));
   const log = quietLogger(io, (line) => screen.print(line));
   const execution = {
     context,
-    outDir: path.resolve(io.cwd, options.out),
+    outDir,
     plan,
     timeoutMs,
     interruption,
@@ -172,7 +178,9 @@ async function execute(execution: Execution, address: Address, file: JobFile): P
       () => [
         ...outcome.jobLines(detail, events, out.paint),
         ...(timedOut ? [`  timeout: ${overdue}`] : []),
-        ...artifacts.map((saved) => `  ${shortPath(io.cwd, saved.file)}  ${formatBytes(saved.size)}`),
+        ...artifacts.map(
+          (saved) => `  ${oneLine(shortPath(io.cwd, saved.file))}  ${formatBytes(saved.size)}`,
+        ),
       ],
     );
     return timedOut ? EXIT.failed : outcome.jobExitCode(detail);

@@ -317,7 +317,7 @@ describe('statuses', () => {
     for (const call of EVERY_CALL) {
       const error = await failure(CALLS[call](dds));
       expect(error).toMatchObject({ code, retryable, details: { call, status, body: 'node not found' } });
-      expect(error.message).toMatch(new RegExp(`status ${status}; body: node not found`));
+      expect(error.message).toMatch(new RegExp(`status ${status} [A-Z][A-Za-z ]+; body: node not found`));
     }
   });
 

@@ -18,6 +18,7 @@ import {
 import type { Dds, NodeToken, RegisterWalletRequest, SiweChallenge } from './dds.ts';
 import type { CallOptions } from './dms.ts';
 import { HttpOrigin, dateOf, statusError, type HttpResponse } from './http.ts';
+import type { ProxySettings } from './proxy.ts';
 
 export interface HttpDdsOptions {
   /** `http(s)://host[:port]`, a path prefix allowed; trailing slashes are removed. */
@@ -26,6 +27,8 @@ export interface HttpDdsOptions {
   readonly timeoutMs?: number;
   /** Default none, like the reference node. */
   readonly userAgent?: string;
+  /** Default none. */
+  readonly proxy?: ProxySettings;
 }
 
 type Call = 'nonce' | 'register' | 'verify';
@@ -59,6 +62,7 @@ class HttpDds implements Dds, AsyncDisposable {
       timeoutMs: this.#timeoutMs,
       connections: 4,
       ...(options.userAgent === undefined ? {} : { userAgent: options.userAgent }),
+      ...(options.proxy === undefined ? {} : { proxy: options.proxy }),
     });
   }
 

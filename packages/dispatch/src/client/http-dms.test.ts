@@ -385,7 +385,7 @@ describe('against the reference service', () => {
     });
     await expect(dms.fail(handle, { reason: 'no', details: null })).rejects.toMatchObject({
       code: 'aborted',
-      message: `POST /tasks/${TASK}/fail status 409; body: not yours`,
+      message: `POST /tasks/${TASK}/fail status 409 Conflict; body: not yours`,
     });
   });
 

@@ -21,6 +21,7 @@ import {
   uuid,
 } from '@millrace/runner/decode';
 import { HttpOrigin, dateOf, statusError, type HttpResponse } from './http.ts';
+import type { ProxySettings } from './proxy.ts';
 import {
   NO_FEATURES,
   type CallOptions,
@@ -43,6 +44,8 @@ export interface HttpDmsOptions {
   readonly timeoutMs?: number;
   /** Default none, like the reference node. */
   readonly userAgent?: string;
+  /** Default none. */
+  readonly proxy?: ProxySettings;
 }
 
 /** Largest answer read. Newer reference nodes bound theirs so too. */
@@ -87,6 +90,7 @@ export class HttpDms implements Dms, AsyncDisposable {
       baseUrl: options.baseUrl,
       timeoutMs: this.#timeoutMs,
       ...(options.userAgent === undefined ? {} : { userAgent: options.userAgent }),
+      ...(options.proxy === undefined ? {} : { proxy: options.proxy }),
     });
   }
 

@@ -25,6 +25,7 @@ import {
   type HttpRequest,
   type HttpResponse,
 } from './http.ts';
+import type { ProxySettings } from './proxy.ts';
 
 /** How long an answer of `info` is believed. */
 const INFO_TTL_MS = 60_000;
@@ -56,14 +57,17 @@ export interface DomainPool extends AsyncDisposable {
   storage(options: DomainStorageOptions): DomainStorage;
 }
 
-export function openDomainPool(): DomainPool {
+/** Opens a pool. `proxy`: default none. */
+export function openDomainPool(pool: { readonly proxy?: ProxySettings } = {}): DomainPool {
   const servers = new Map<string, DomainServer>();
   return {
     storage(options) {
       const timeoutMs = options.timeoutMs ?? DEFAULT_TIMEOUT_MS;
       const key = `${timeoutMs} ${options.baseUrl.replace(/\/+$/, '')}`;
       let server = servers.get(key);
-      if (server === undefined) servers.set(key, (server = new DomainServer(options.baseUrl, timeoutMs)));
+      if (server === undefined) {
+        servers.set(key, (server = new DomainServer(options.baseUrl, timeoutMs, pool.proxy)));
+      }
       return new HttpDomainStorage(server, options);
     },
     [Symbol.asyncDispose]: async () => {
@@ -91,8 +95,8 @@ class DomainServer {
   readonly timeoutMs: number;
   info: { readonly value: StorageInfo | null; readonly untilMs: number } | null = null;
 
-  constructor(baseUrl: string, timeoutMs: number) {
-    this.http = new HttpOrigin({ baseUrl, timeoutMs });
+  constructor(baseUrl: string, timeoutMs: number, proxy: ProxySettings | undefined) {
+    this.http = new HttpOrigin({ baseUrl, timeoutMs, ...(proxy === undefined ? {} : { proxy }) });
     this.timeoutMs = timeoutMs;
   }
 }

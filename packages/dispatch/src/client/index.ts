@@ -47,6 +47,7 @@ export type { Pull, PullSource } from '../pull-stream.ts';
 export { MAX_DATA_NAME_BYTES, checkDataName } from '../data-names.ts';
 export { DEFAULT_BODY_BYTES, HttpOrigin, codeOfStatus, previewBody, statusError } from './http.ts';
 export type { HttpOriginOptions, HttpRequest, HttpResponse } from './http.ts';
+export type { ProxySettings } from './proxy.ts';
 export type {
   BusyNode,
   JobDetail,

@@ -93,7 +93,7 @@ const SCHEMAS = {
 };
 
 export function registerDdsRoutes(app: FastifyInstance, context: ServerContext): void {
-  const { store, clock, limits, log } = context;
+  const { store, clock, limits, log, auth } = context;
   const errorHandler = textErrorHandler(log);
   const bucket = new AddressBucket(clock, limits.loginBurst);
   // A login is two requests and a registration four; all of them pay.
@@ -144,6 +144,7 @@ export function registerDdsRoutes(app: FastifyInstance, context: ServerContext):
       const { nodeId, secret } = parseCredentials(body.registration_credentials);
       const message = parseSiweMessage(body.message);
       await consumeNonce(message);
+      if ((await store.getNode(nodeId)) === null) throw wrongCredentials(nodeId);
       verifySignature(message, body);
       await store.registerNode({
         nodeId,
@@ -154,6 +155,7 @@ export function registerDdsRoutes(app: FastifyInstance, context: ServerContext):
         version: body.version,
         maxConcurrency: body.max_concurrency ?? null,
       });
+      auth.registered(nodeId, message.address);
       log.info('node registered', {
         node_id: nodeId,
         wallet: message.address,
@@ -180,6 +182,7 @@ export function registerDdsRoutes(app: FastifyInstance, context: ServerContext):
       const { token, expiresAtMs } = context.tokens.issueNode(
         {
           nodeId: node.id,
+          wallet: message.address,
           organizationId: node.organization_id,
           mode: node.mode,
           capabilities: node.capabilities,
@@ -248,6 +251,11 @@ function parseCredentials(credentials: string): { readonly nodeId: string; reado
   } catch {
     return refuse();
   }
+}
+
+/** As the store says it of a wrong secret. */
+function wrongCredentials(nodeId: string): MillraceError {
+  return new MillraceError('unauthenticated', `node id ${nodeId} and its registration secret do not match`);
 }
 
 /** How a registration secret is stored: it is 32 random bytes, so one SHA-256 is enough. */

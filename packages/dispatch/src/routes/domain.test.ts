@@ -355,6 +355,27 @@ describe('domain storage over HTTP', () => {
     expect(answer.json.data.map((one: { name: string }) => one.name)).toEqual(names);
   });
 
+  test('of several items in one request all are stored or none', async () => {
+    const kept = await create(Buffer.from('as it was'));
+    const part = (params: string, bytes: string): string =>
+      `--bb\r\nContent-Disposition: form-data; ${params}\r\n\r\n${bytes}\r\n`;
+    const send = (method: 'POST' | 'PUT', ...parts: string[]): Promise<Answer> =>
+      call(method, data, {
+        headers: { 'content-type': 'multipart/form-data; boundary=bb' },
+        body: Buffer.from(`${parts.join('')}--bb--\r\n`),
+      });
+    const changed = part(`id="${kept.id}"`, 'changed');
+    expect((await send('PUT', changed, part(`id="${randomUUID()}"`, 'x'))).status).toBe(404);
+    expect((await call('GET', `${data}/${kept.id}`)).json).toEqual(kept);
+    const name = `beside-${randomUUID()}`;
+    const beside = part(`name="${name}"; data-type="t"`, 'x');
+    for (const second of [part(`name="${kept.name}"; data-type="t"`, 'y'), beside]) {
+      expect((await send('POST', beside, second)).status).toBe(409);
+      expect((await call('GET', `${data}?name=${name}`)).json).toEqual({ data: [] });
+    }
+    expect((await send('PUT', changed)).json.data).toMatchObject([{ id: kept.id, size: 7 }]);
+  });
+
   test('an upload without a length is taken all the same', async () => {
     const name = `chunked-${randomUUID()}`;
     const { head, tail } = uploadEnvelope({ name, dataType: 't' }, 'boundary');
@@ -611,6 +632,7 @@ describe('domain storage over HTTP', () => {
     const node = tokens.issueNode(
       {
         nodeId: randomUUID(),
+        wallet: '0x1a642f0e3c3af545e7acbd38b07251b3990914f1',
         organizationId: randomUUID(),
         mode: 'public',
         capabilities: ['/a'],
@@ -626,9 +648,9 @@ describe('domain storage over HTTP', () => {
     }
     expect((await call('GET', data, { token: reader })).status).toBe(200);
     expect((await upload({ name: 'r', dataType: 't' }, Buffer.from('x'), { token: reader })).status).toBe(
-      401,
+      403,
     );
-    expect((await startUpload({}, { token: reader })).status).toBe(401);
+    expect((await startUpload({}, { token: reader })).status).toBe(403);
   });
 
   test('a lease writes while it is current, and not after it was given back', async () => {

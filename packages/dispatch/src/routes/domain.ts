@@ -184,10 +184,8 @@ class DomainRoutes {
         });
       }
     });
-    // Only now: a body that turns out to be bad in its last part changes nothing.
-    const records: DataRecord[] = [];
-    for (const write of writes) records.push(await store.putData(write));
-    return reply.send({ data: records });
+    // Only now, and all at once: what is bad or refused in the last part changes nothing.
+    return reply.send({ data: await store.putData(writes) });
   }
 
   /** `POST …/data/multipart`: with `uploads` begins, with `uploadId` completes a chunked upload. */
@@ -282,18 +280,21 @@ class DomainRoutes {
       upload.id,
       stored.map((part) => ({ partNumber: part.partNumber, digest: part.etag })),
     );
-    const record = await store.putData({
-      domainId: upload.domainId,
-      id: upload.existingId,
-      name: upload.name,
-      dataType: upload.dataType,
-      digest: blob.digest,
-      size: blob.size,
-      lease: upload.lease,
-      ownOnly: confined(access),
-      replaceByName: true,
-      createId: upload.dataId,
-    });
+    const [record] = await store.putData([
+      {
+        domainId: upload.domainId,
+        id: upload.existingId,
+        name: upload.name,
+        dataType: upload.dataType,
+        digest: blob.digest,
+        size: blob.size,
+        lease: upload.lease,
+        ownOnly: confined(access),
+        replaceByName: true,
+        createId: upload.dataId,
+      },
+    ]);
+    if (record === undefined) throw new MillraceError('internal', 'the store answered a write with nothing');
     this.#completed.set(upload.id, { domainId: upload.domainId, dataId: record.id });
     // From here on a failure only leaves parts behind until the upload expires.
     await store.deleteUpload(upload.id);

@@ -145,13 +145,34 @@ describe('submission', () => {
     expect((await server.call('POST', '/v1/jobs', { raw: sized(8192) })).status).toBe(200);
     const over = await server.call('POST', '/v1/jobs', { raw: sized(8193) });
     expect(over.status).toBe(413);
-    expect(over.body.error.code).toBe('resource_exhausted');
+    expect(over.body.error).toEqual({
+      code: 'resource_exhausted',
+      message: 'the body must be at most 8192 bytes',
+    });
   });
 
-  test('estimates are 501 with a sentence', async () => {
-    const answer = await server.call('POST', '/v1/jobs/estimate', { json: { tasks: [task()] } });
-    expect(answer.status).toBe(501);
-    expect(answer.body.error.message).toContain('estimate');
+  test('an estimate has every member of the wire, costs nothing and submits nothing', async () => {
+    await using own = await Harness.open();
+    const json = {
+      tasks: [task({ label: 'a', stage: 'one' }), task({ label: 'b', stage: 'two', mode: 'dedicated' })],
+      edges: [{ from: 'one', to: 'two' }],
+    };
+    const estimated = { capability: '/nobody/v1', billing_units: '0', estimated_credit_cost: '0' };
+    const answer = await own.call('POST', '/v1/jobs/estimate', { json });
+    expect([answer.status, answer.body]).toEqual([
+      200,
+      {
+        total: '0',
+        tasks: [
+          { label: 'a', stage: 'one', mode: 'public', ...estimated },
+          { label: 'b', stage: 'two', mode: 'dedicated', ...estimated },
+        ],
+      },
+    ]);
+    expect((await own.call('GET', '/v1/jobs')).body.items).toEqual([]);
+    expect((await own.call('POST', '/v1/jobs/estimate', { json: { tasks: [] } })).status).toBe(400);
+    const token = await own.dispatcher.issueClientToken({ readOnly: true });
+    expect((await own.call('POST', '/v1/jobs/estimate', { json, token })).status).toBe(401);
   });
 });
 
@@ -213,7 +234,42 @@ describe('reading and ending', () => {
     expect((await own.call('GET', '/v1/jobs?status=completed')).body.items).toEqual([]);
   });
 
+  test('a cursor leads through all jobs once, whatever is submitted meanwhile, and the filters go with it', async () => {
+    await using own = await Harness.open();
+    const ids: string[] = [];
+    for (let i = 0; i < 7; i += 1)
+      ids.unshift(await own.submit({ capability: i % 2 === 0 ? '/a/v1' : '/b/v1' }));
+    const pages = async (query: string): Promise<string[]> => {
+      const seen: string[] = [];
+      let cursor: string | null = null;
+      do {
+        const more: string = cursor === null ? '' : `&cursor=${encodeURIComponent(cursor)}`;
+        const { status, body } = await own.call('GET', `/v1/jobs?${query}${more}`);
+        expect(status).toBe(200);
+        expect(body.items.length).toBeLessThanOrEqual(2);
+        seen.push(...body.items.map((item: { job: { id: string } }) => item.job.id));
+        cursor = body.next_cursor;
+        await own.submit({ capability: '/c/v1' });
+      } while (cursor !== null);
+      return seen;
+    };
+    const isOurs = (id: string): boolean => ids.includes(id);
+    expect((await pages('limit=2')).filter(isOurs)).toEqual(ids);
+    expect(await pages('limit=2&capabilities=%2Fa%2Fv1')).toEqual(ids.filter((_, index) => index % 2 === 0));
+    expect((await pages('limit=2&capabilities=%2Fa%2Fv1&capabilities=%2Fb%2Fv1')).filter(isOurs)).toEqual(
+      ids,
+    );
+    expect(
+      await pages('limit=2&capabilities=%2Fa%2Fv1&capabilities=%2Fb%2Fv1&match_all_capabilities=true'),
+    ).toEqual([]);
+    const domain = own.dispatcher.defaultDomainId;
+    expect((await pages(`limit=2&domain_id=${domain}`)).filter(isOurs)).toEqual(ids);
+    expect(await pages(`limit=2&domain_id=${OTHER_DOMAIN}`)).toEqual([]);
+  });
+
   test.each([
+    ['cursor=x'],
+    ['cursor='],
     ['limit=0'],
     ['limit=101'],
     ['limit=x'],
@@ -265,21 +321,45 @@ describe('reading and ending', () => {
     expect((await server.call(method, `/v1/jobs/nonsense${suffix}`)).status).toBe(400);
   });
 
-  test('busy nodes are listed with what they do', async () => {
-    const node = await server.joinNode({ capabilities: ['/busy/v1'] });
-    const jobId = await server.submit({ capability: '/busy/v1' });
-    const leased = await server.call('GET', '/v1/tasks', { token: node.token });
-    const { body } = await server.call('GET', '/v1/nodes/busy?mode=all');
-    expect(body.nodes).toContainEqual({
+  test('busy nodes are listed with what they do, from the lease to its end, by mode', async () => {
+    await using own = await Harness.open();
+    const busy = async (query = ''): Promise<unknown[]> => {
+      const answer = await own.call('GET', `/v1/nodes/busy${query}`);
+      expect(answer.status).toBe(200);
+      return answer.body.nodes;
+    };
+    const node = await own.joinNode({ capabilities: ['/busy/v1'] });
+    expect(await busy()).toEqual([]);
+    const jobId = await own.submit({ capability: '/busy/v1' });
+    const leased = await own.call('GET', '/v1/tasks', { token: node.token });
+    const { id } = leased.body.task;
+    const entry = {
       node_id: node.id,
-      task_id: leased.body.task.id,
+      task_id: id,
       task_status: 'leased',
       task_mode: 'public',
       job_id: jobId,
       job_status: 'running',
+    };
+    for (const query of ['', '?mode=all', '?mode=public']) expect(await busy(query)).toEqual([entry]);
+    expect(await busy('?mode=dedicated')).toEqual([]);
+    await own.call('POST', `/v1/tasks/${id}/heartbeat`, {
+      token: node.token,
+      json: { progress: {}, events: [] },
     });
-    expect((await server.call('GET', '/v1/nodes/busy?mode=dedicated')).body.nodes).toEqual([]);
+    expect(await busy()).toEqual([{ ...entry, task_status: 'running' }]);
+    await own.call('POST', `/v1/tasks/${id}/complete`, {
+      token: node.token,
+      json: { output_cids: [], meta: null },
+    });
+    expect(await busy()).toEqual([]);
+  });
+
+  test('busy nodes: an unknown mode is 400, no token 401, a token of a node 403', async () => {
     expect((await server.call('GET', '/v1/nodes/busy?mode=idle')).status).toBe(400);
+    expect((await server.call('GET', '/v1/nodes/busy', { token: null })).status).toBe(401);
+    const { token } = await server.joinNode();
+    expect((await server.call('GET', '/v1/nodes/busy', { token })).status).toBe(403);
   });
 });
 

@@ -8,12 +8,16 @@ class Ledger implements Transaction {
   readonly committedValues: string[] = [];
   readonly calls: string[] = [];
   commitError: unknown = null;
+  onExtend: () => void = () => {};
   #pending: string[] = [];
   writes = 0;
 
   begin(): void {
     this.calls.push('begin');
     this.#pending = [];
+  }
+  extend(): void {
+    this.onExtend();
   }
   commit(): void {
     this.calls.push('commit');
@@ -93,6 +97,30 @@ describe('group commit', () => {
     expect(answers.map(({ status }) => status)).toEqual(['fulfilled', 'rejected', 'fulfilled']);
     expect(answers[1]).toMatchObject({ reason: { code: 'internal', message: 'a bug' } });
     expect(ledger.committedValues).toEqual(['a', 'b']);
+  });
+
+  test('what the transaction is extended by comes after the operations and is in their commit', async () => {
+    const ledger = new Ledger();
+    const group = new GroupCommit(ledger);
+    ledger.onExtend = () => void ledger.write('more');
+    expect(await Promise.all(['a', 'b'].map((value) => group.run(1, () => ledger.write(value))))).toEqual([
+      'a',
+      'b',
+    ]);
+    expect(ledger.committedValues).toEqual(['a', 'b', 'more']);
+    expect(ledger.calls).toEqual(['begin', 'commit', 'committed']);
+  });
+
+  test('an extension that throws is undone, and the operations run without it', async () => {
+    const ledger = new Ledger();
+    const group = new GroupCommit(ledger);
+    ledger.onExtend = () => {
+      ledger.write('half');
+      throw new Error('a bug');
+    };
+    expect(await group.run(1, () => ledger.write('a'))).toBe('a');
+    expect(ledger.committedValues).toEqual(['a']);
+    expect(ledger.calls).toEqual(['begin', 'rollback', 'begin', 'commit', 'committed']);
   });
 
   test('a commit that fails refuses the whole turn, and the next turn goes on', async () => {

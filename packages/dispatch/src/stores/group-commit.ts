@@ -13,6 +13,8 @@ import { MillraceError } from '@millrace/runner';
 /** The transaction behind the group. All methods are synchronous. */
 export interface Transaction {
   begin(): void;
+  /** Called when the operations have run: adds what nobody asked for in this turn but may share the commit. */
+  extend(): void;
   /** After this the effects are on the disk. Throws: nothing is. */
   commit(): void;
   /** Undoes everything since `begin`, in the database and in memory. */
@@ -86,14 +88,18 @@ export class GroupCommit {
       count += 1;
     }
     const group = this.#waiting.splice(0, count);
-    if (!this.#attempt(group)) for (const operation of group) this.#attempt([operation]);
+    if (!this.#attempt(group, true)) for (const operation of group) this.#attempt([operation], false);
   }
 
-  /** Runs a group in one transaction and settles all of it; false: it was rolled back and nothing was settled. */
-  #attempt(group: readonly Operation[]): boolean {
+  /**
+   * Runs a group in one transaction, extended the first time, and settles all of it; false: it was rolled back, nothing was
+   * settled, and each operation is to be run alone.
+   */
+  #attempt(group: readonly Operation[], first: boolean): boolean {
     const transaction = this.#transaction;
     const settle: (() => void)[] = [];
     const before = transaction.writes;
+    let extending = false;
     try {
       transaction.begin();
       for (const operation of group) {
@@ -106,11 +112,16 @@ export class GroupCommit {
           settle.push(() => operation.reject(error));
         }
       }
+      if (first) {
+        extending = true;
+        transaction.extend();
+        extending = false;
+      }
       transaction.commit();
     } catch (error) {
       transaction.rollback();
       const storage = transaction.storageError(error);
-      if (storage === null && group.length > 1) return false;
+      if (storage === null && (group.length > 1 || extending)) return false;
       const refusal = storage ?? MillraceError.from(error);
       for (const operation of group) operation.reject(refusal);
       return true;

@@ -8,6 +8,15 @@ import { isoTime } from './time.ts';
 
 const COLUMNS = 'id, domain_id, name, data_type, size, created_at, updated_at, digest';
 
+/** A write that nothing stands in the way of. `old`: what it replaces. */
+interface PlannedWrite {
+  readonly write: DataWrite;
+  readonly jobId: string | null;
+  readonly old: DataRecord | null;
+  readonly name: string;
+  readonly dataType: string;
+}
+
 export class Data {
   readonly #clock: Clock;
   readonly #newId: () => string;
@@ -66,21 +75,41 @@ export class Data {
     this.#deleteParts = sql('DELETE FROM upload_parts WHERE upload_id = ?');
   }
 
-  /** @throws MillraceError as {@link Store.putData} */
-  put(write: DataWrite): DataRecord {
-    const { domainId, digest, size } = write;
-    const jobId = write.lease ? this.#checkLease(write.lease, domainId) : null;
-    const now = this.#clock.now();
-    const taken = write.name === null ? undefined : this.#selectByName.get(domainId, write.name);
-    if (write.id === null && (write.name === null || write.dataType === null)) {
-      throw new MillraceError('invalid_argument', 'a new data item needs a name and a data_type');
+  /**
+   * What stands in the way of one write is found before the first is made, so that a refusal costs no rollback.
+   *
+   * @throws MillraceError as {@link Store.putData}
+   */
+  put(writes: readonly DataWrite[]): DataRecord[] {
+    const planned = writes.map((write) => this.#plan(write));
+    const names = new Set<string>();
+    const ids = new Set<string>();
+    for (const { write, old, name } of planned) {
+      const key = `${write.domainId} ${name}`;
+      if (names.has(key) || (old !== null && ids.has(old.id))) {
+        throw new MillraceError(
+          'already_exists',
+          `data item ${JSON.stringify(name)} is written twice in one request; names are unique in a domain`,
+        );
+      }
+      names.add(key);
+      if (old !== null) ids.add(old.id);
     }
+    return planned.map((plan) => this.#apply(plan));
+  }
+
+  #plan(write: DataWrite): PlannedWrite {
+    const { domainId } = write;
+    const jobId = write.lease ? this.#checkLease(write.lease, domainId) : null;
+    const taken = write.name === null ? undefined : this.#selectByName.get(domainId, write.name);
     let target = taken;
     if (write.id !== null) {
       target = this.#selectOne.get(domainId, write.id);
       if (!target) {
         throw new MillraceError('not_found', `data item ${write.id} does not exist in domain ${domainId}`);
       }
+    } else if (write.name === null || write.dataType === null) {
+      throw new MillraceError('invalid_argument', 'a new data item needs a name and a data_type');
     }
     if (taken && (taken[0] !== target?.[0] || (write.id === null && !write.replaceByName))) {
       throw new MillraceError(
@@ -88,21 +117,31 @@ export class Data {
         `domain ${domainId} has a data item named ${JSON.stringify(write.name)}; names are unique, replace it by its id ${String(taken[0])}`,
       );
     }
-    if (target) {
-      const old = recordOf(target);
-      if (write.lease && write.ownOnly && this.#selectMaker.get(old.id)?.[0] !== jobId) {
-        throw new MillraceError(
-          'permission_denied',
-          `data item ${old.id} was not made by job ${jobId}, whose tasks have an outputs prefix and may replace only what it made`,
-        );
-      }
-      const name = write.name ?? old.name;
-      const dataType = write.dataType ?? old.data_type;
+    const old = target ? recordOf(target) : null;
+    if (old !== null && write.lease && write.ownOnly && this.#selectMaker.get(old.id)?.[0] !== jobId) {
+      throw new MillraceError(
+        'permission_denied',
+        `data item ${old.id} was not made by job ${jobId}, whose tasks have an outputs prefix and may replace only what it made`,
+      );
+    }
+    return {
+      write,
+      jobId,
+      old,
+      name: write.name ?? old?.name ?? '',
+      dataType: write.dataType ?? old?.data_type ?? '',
+    };
+  }
+
+  #apply({ write, jobId, old, name, dataType }: PlannedWrite): DataRecord {
+    const { domainId, digest, size } = write;
+    const now = this.#clock.now();
+    if (old !== null) {
       this.#update.run(name, dataType, digest, size, now, old.id);
       return { ...old, name, data_type: dataType, digest, size, updated_at: isoTime(now) };
     }
     const id = write.createId ?? this.#newId();
-    const row = [id, domainId, write.name, write.dataType, size, now, now, digest];
+    const row = [id, domainId, name, dataType, size, now, now, digest];
     this.#insert.run(...row, jobId);
     return recordOf(row);
   }

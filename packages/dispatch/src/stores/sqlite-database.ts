@@ -3,7 +3,7 @@
  * once and errors in our codes. The only file that knows the driver.
  */
 import { createHash } from 'node:crypto';
-import { readFileSync, readdirSync } from 'node:fs';
+import { closeSync, openSync, readFileSync, readdirSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { DatabaseSync } from '@photostructure/sqlite';
 import { MillraceError } from '@millrace/runner';
@@ -39,6 +39,19 @@ const SQLITE = {
 /** "MLRC": marks a file as ours, so that a path given by mistake is refused instead of filled with tables. */
 const APPLICATION_ID = 0x4d4c5243;
 
+/**
+ * Makes a new file for its owner alone: it holds the key that signs every token. SQLite gives the files beside it the
+ * same mode. One that exists keeps what its operator gave it.
+ */
+function createPrivately(path: string): void {
+  if (path === ':memory:') return;
+  try {
+    closeSync(openSync(path, 'a', 0o600));
+  } catch {
+    // Opening it is next, and says what is wrong.
+  }
+}
+
 export class Database {
   readonly #path: string;
   readonly #handle: InstanceType<typeof DatabaseSync>;
@@ -50,6 +63,7 @@ export class Database {
    */
   constructor(path: string, nowMs: number, maxBytes?: number) {
     this.#path = path;
+    createPrivately(path);
     try {
       // No waiting for a lock: the driver would block the event loop, and whoever holds it keeps it.
       this.#handle = new DatabaseSync(path, { timeout: 0 });

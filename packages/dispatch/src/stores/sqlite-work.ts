@@ -341,6 +341,11 @@ export class Work {
     return changes;
   }
 
+  /** Whether the transaction under way has made tasks runnable. */
+  get madeRunnable(): boolean {
+    return this.#runnable;
+  }
+
   activeLeases(nodeId: string): number {
     return this.#heldBy.get(nodeId)?.size ?? 0;
   }

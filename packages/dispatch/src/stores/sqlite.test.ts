@@ -1,6 +1,6 @@
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { copyFileSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { copyFileSync, mkdtempSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
@@ -46,6 +46,18 @@ describe('sqlite', () => {
     };
   }
 
+  test('a new database is readable by its owner only, whatever the umask', async () => {
+    const before = process.umask(0o000);
+    try {
+      await using store = await openSqliteStore({ path });
+      await store.submit([newJob()]);
+      const modes = readdirSync(folder).map((file) => [file, statSync(join(folder, file)).mode & 0o777]);
+      expect(Object.fromEntries(modes)).toEqual({ 'store.db': 0o600, 'store.db-wal': 0o600 });
+    } finally {
+      process.umask(before);
+    }
+  });
+
   test('concurrent calls share a commit', async () => {
     const { schedule, turns } = countingSchedule();
     await using store = await openSqliteStore({ path, schedule });
@@ -59,6 +71,89 @@ describe('sqlite', () => {
     expect(turns() - before).toBe(2);
     await Promise.all(leases.map((lease) => scene.complete(refOf(lease))));
     expect(turns() - before).toBe(3);
+  });
+
+  describe('those who stand by', () => {
+    const request = (nodeId: string) => ({ nodeId, max: 1, capabilities: null, start: true });
+
+    test('are given a lease by the commit that makes the task runnable, before listeners hear of it', async () => {
+      const { schedule, turns } = countingSchedule();
+      await using store = await openSqliteStore({ path, schedule });
+      const scene = new Scene(store);
+      const [one, two] = [await scene.node(), await scene.node()];
+      const heard: unknown[] = [];
+      using _ = store.standBy({
+        requests: () => [request(one), request(two)],
+        granted: (outcomes) =>
+          heard.push(outcomes.map((outcome) => outcome.ok && outcome.value.leases.length)),
+      });
+      using __ = store.subscribe(({ kind }) => void heard.push(kind));
+      const before = turns();
+      await scene.submit();
+      expect(heard).toEqual([[1, 0], 'job', 'runnable']);
+      expect(turns() - before).toBe(1);
+      expect((await store.stats()).tasks).toMatchObject({ queued: 0, running: 1 });
+    });
+
+    test('are not asked when nothing became runnable, nor once they are gone', async () => {
+      await using store = await openSqliteStore({ path });
+      const scene = new Scene(store);
+      const node = await scene.node();
+      let asked = 0;
+      const standby = store.standBy({
+        requests: () => {
+          asked += 1;
+          return [];
+        },
+        granted: () => expect.unreachable('nobody asked'),
+      });
+      await scene.submit();
+      expect(asked).toBe(1);
+      const [lease] = await scene.lease(node);
+      await scene.complete(refOf(lease!));
+      expect(asked).toBe(1);
+      standby[Symbol.dispose]();
+      await scene.submit();
+      expect(asked).toBe(1);
+    });
+
+    test('one that breaks costs others neither their answer nor their commit', async () => {
+      await using store = await openSqliteStore({ path });
+      const scene = new Scene(store);
+      using _ = store.standBy({
+        requests: () => {
+          throw new Error('a bug');
+        },
+        granted: () => expect.unreachable('nobody asked'),
+      });
+      const jobId = await scene.submit();
+      expect((await store.getJob(jobId))?.job.status).toBe('pending');
+    });
+
+    test('hear nothing of a lease whose commit failed', async () => {
+      await using store = await openSqliteStore({ path, maxBytes: 400 * 1024 });
+      const scene = new Scene(store);
+      const node = await scene.node();
+      let [granted, leases] = [0, 0];
+      using _ = store.standBy({
+        requests: () => [request(node)],
+        granted: ([outcome]) => {
+          granted += 1;
+          if (outcome?.ok) leases += outcome.value.leases.length;
+        },
+      });
+      const meta = { text: 'x'.repeat(100_000) };
+      let refused = 0;
+      for (let round = 0; round < 8; round += 1) {
+        const [outcome] = await Promise.allSettled([
+          store.submit([{ ...newJob(), spec: jobOf([{ meta }]) }]),
+        ]);
+        if (outcome.status === 'rejected') refused += 1;
+      }
+      expect(refused).toBeGreaterThan(0);
+      expect(granted).toBe(8 - refused);
+      expect((await store.stats()).tasks.running).toBe(leases);
+    });
   });
 
   test('a burst is split into transactions, so the event loop is not held for all of it', async () => {

@@ -35,6 +35,7 @@ import type {
   Nonce,
   Outcome,
   ReleaseItem,
+  Standby,
   Store,
   StoreChange,
   StoreStats,
@@ -92,6 +93,9 @@ class SqliteStore implements Store {
   readonly #schedule: Schedule;
   readonly #log: Logger | undefined;
   readonly #listeners = new Set<(change: StoreChange) => void>();
+  readonly #standbys = new Set<Standby>();
+  /** What the transaction under way grants to those who wait. */
+  #grants: { readonly standby: Standby; readonly outcomes: readonly Outcome<LeaseAnswer>[] }[] = [];
   /** The memory does not match the tables: a rollback happened. */
   #stale = true;
   #open = true;
@@ -240,8 +244,8 @@ class SqliteStore implements Store {
     return this.#group.run(1, () => this.#nodes.setting(name, create));
   }
 
-  putData(write: DataWrite): Promise<DataRecord> {
-    return this.#group.run(1, () => this.#data.put(write));
+  putData(writes: readonly DataWrite[]): Promise<readonly DataRecord[]> {
+    return this.#group.run(writes.length, () => this.#data.put(writes));
   }
 
   getData(domainId: string, id: string): Promise<DataRecord | null> {
@@ -294,10 +298,16 @@ class SqliteStore implements Store {
     return { [Symbol.dispose]: () => void this.#listeners.delete(entry) };
   }
 
+  standBy(standby: Standby): Disposable {
+    this.#standbys.add(standby);
+    return { [Symbol.dispose]: () => void this.#standbys.delete(standby) };
+  }
+
   [Symbol.asyncDispose](): Promise<void> {
     return (this.#closing ??= this.#group.close().then(() => {
       this.#open = false;
       this.#listeners.clear();
+      this.#standbys.clear();
       this.#database.close();
     }));
   }
@@ -324,6 +334,13 @@ class SqliteStore implements Store {
         this.#refresh();
         database.exec('BEGIN IMMEDIATE');
       },
+      extend: () => {
+        if (!this.#work.madeRunnable) return;
+        for (const standby of this.#standbys) {
+          const requests = standby.requests();
+          if (requests.length > 0) this.#grants.push({ standby, outcomes: this.#work.lease(requests) });
+        }
+      },
       commit: () => {
         this.#work.flush();
         database.exec('COMMIT');
@@ -331,6 +348,7 @@ class SqliteStore implements Store {
       rollback: () => {
         // Read again at the next use: the disk may just have failed.
         this.#stale = true;
+        this.#grants = [];
         database.rollback();
       },
       get writes() {
@@ -338,19 +356,24 @@ class SqliteStore implements Store {
       },
       storageError: (error) => database.storageError(error),
       committed: () => {
-        for (const change of this.#work.takeChanges()) this.#tell(change);
+        const grants = this.#grants;
+        this.#grants = [];
+        for (const { standby, outcomes } of grants) {
+          this.#call('granted', () => standby.granted(outcomes));
+        }
+        for (const change of this.#work.takeChanges()) {
+          for (const listener of this.#listeners) this.#call(change.kind, () => listener(change));
+        }
       },
     };
   }
 
-  #tell(change: StoreChange): void {
-    for (const listener of this.#listeners) {
-      try {
-        listener(change);
-      } catch (error) {
-        // The change is committed; a listener that cannot cope must not make it look otherwise.
-        this.#log?.error('store listener failed', { kind: change.kind, error: String(error) });
-      }
+  #call(kind: string, listener: () => void): void {
+    try {
+      listener();
+    } catch (error) {
+      // The change is committed; a listener that cannot cope must not make it look otherwise.
+      this.#log?.error('store listener failed', { kind, error: String(error) });
     }
   }
 }

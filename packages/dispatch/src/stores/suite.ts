@@ -4,7 +4,7 @@ import type { Clock, Json, Random } from '@millrace/runner';
 import { SimulatedClock, seededRandom } from '@millrace/runner/testing';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { FREE_DRAINS, FREE_NODE_FAULTS } from '../lifecycle.ts';
-import type { JobSpec, TaskRecord, TaskSubmission } from '../records.ts';
+import type { DataRecord, JobSpec, TaskRecord, TaskSubmission } from '../records.ts';
 import type {
   DataWrite,
   GrantedLease,
@@ -77,6 +77,11 @@ export function valueOf<T>(outcome: Outcome<T> | undefined): T {
 
 function codeOf(outcome: Outcome<unknown> | undefined): string {
   return outcome?.ok === false ? outcome.error.code : 'ok';
+}
+
+async function putOne(store: Store, write: DataWrite): Promise<DataRecord> {
+  const [record] = await store.putData([write]);
+  return record!;
 }
 
 async function codeOfRejection(promise: Promise<unknown>): Promise<string> {
@@ -778,7 +783,7 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
           expect(await scene.complete(ref)).toBe(code);
           expect(await scene.fail(ref)).toBe(code);
           expect(await scene.release(ref)).toBe(code);
-          expect(await codeOfRejection(store.putData(write({ lease: ref })))).toBe(code);
+          expect(await codeOfRejection(putOne(store, write({ lease: ref })))).toBe(code);
         }
         expect(await scene.job(jobId)).toEqual(before);
       });
@@ -1716,7 +1721,7 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
 
     describe('data', () => {
       test('an item is created, found, replaced and deleted', async () => {
-        const item = await store.putData(write());
+        const item = await putOne(store, write());
         expect(item).toEqual({
           id: expect.stringMatching(UUID_V7),
           domain_id: DOMAIN,
@@ -1731,7 +1736,8 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
         expect(await store.getData(OTHER_DOMAIN, item.id)).toBeNull();
         wait(5);
         const digest = `sha256:${'2'.repeat(64)}`;
-        const replaced = await store.putData(
+        const replaced = await putOne(
+          store,
           write({ id: item.id, name: null, dataType: null, digest, size: 4 }),
         );
         expect(replaced).toEqual({ ...item, digest, size: 4, updated_at: at(0) });
@@ -1743,27 +1749,57 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
       });
 
       test('names are unique per domain', async () => {
-        const first = await store.putData(write());
-        expect(await codeOfRejection(store.putData(write()))).toBe('already_exists');
-        await store.putData(write({ domainId: OTHER_DOMAIN }));
-        const second = await store.putData(write({ name: 'second' }));
-        expect(await codeOfRejection(store.putData(write({ id: second.id, name: 'item' })))).toBe(
+        const first = await putOne(store, write());
+        expect(await codeOfRejection(putOne(store, write()))).toBe('already_exists');
+        await putOne(store, write({ domainId: OTHER_DOMAIN }));
+        const second = await putOne(store, write({ name: 'second' }));
+        expect(await codeOfRejection(putOne(store, write({ id: second.id, name: 'item' })))).toBe(
           'already_exists',
         );
-        const again = await store.putData(write({ replaceByName: true, size: 9, dataType: 'text' }));
+        const again = await putOne(store, write({ replaceByName: true, size: 9, dataType: 'text' }));
         expect(again).toMatchObject({ id: first.id, size: 9, data_type: 'text' });
       });
 
       test('a promised id is given, an unknown id cannot be replaced, a new item needs a name', async () => {
-        expect((await store.putData(write({ createId: UNKNOWN }))).id).toBe(UNKNOWN);
-        expect(await codeOfRejection(store.putData(write({ id: OTHER_DOMAIN })))).toBe('not_found');
-        expect(await codeOfRejection(store.putData(write({ name: null })))).toBe('invalid_argument');
-        expect(await codeOfRejection(store.putData(write({ dataType: null })))).toBe('invalid_argument');
+        expect((await putOne(store, write({ createId: UNKNOWN }))).id).toBe(UNKNOWN);
+        expect(await codeOfRejection(putOne(store, write({ id: OTHER_DOMAIN })))).toBe('not_found');
+        expect(await codeOfRejection(putOne(store, write({ name: null })))).toBe('invalid_argument');
+        expect(await codeOfRejection(putOne(store, write({ dataType: null })))).toBe('invalid_argument');
+      });
+
+      test('several writes are made together or not at all', async () => {
+        const [a, b] = await store.putData([write({ name: 'a' }), write({ name: 'b' })]);
+        expect([a?.name, b?.name]).toEqual(['a', 'b']);
+        const digest = `sha256:${'2'.repeat(64)}`;
+        const change = write({ id: a!.id, name: 'renamed', digest });
+        for (const [refused, code] of [
+          [write({ id: UNKNOWN }), 'not_found'],
+          [write({ name: 'b' }), 'already_exists'],
+          [write({ name: null }), 'invalid_argument'],
+          // Not possible beside the change, though each by itself is.
+          [write({ name: 'renamed' }), 'already_exists'],
+          [write({ id: a!.id, name: 'other' }), 'already_exists'],
+        ] as const) {
+          const writes = [write({ name: 'new' }), change, refused];
+          expect(await codeOfRejection(store.putData(writes))).toBe(code);
+          const found = await store.findData({
+            domainId: DOMAIN,
+            ids: [],
+            name: null,
+            dataType: null,
+            limit: 9,
+          });
+          expect(found).toEqual([a, b]);
+        }
+        expect(await store.putData([write({ name: 'new' }), change])).toMatchObject([
+          { name: 'new' },
+          { id: a!.id, name: 'renamed', digest },
+        ]);
       });
 
       test('of many writers of one name exactly one creates it', async () => {
         const codes = await Promise.all(
-          Array.from({ length: 100 }, () => codeOfRejection(store.putData(write()))),
+          Array.from({ length: 100 }, () => codeOfRejection(putOne(store, write()))),
         );
         expect(codes.filter((code) => code === 'ok')).toHaveLength(1);
         expect(codes.filter((code) => code === 'already_exists')).toHaveLength(99);
@@ -1771,9 +1807,9 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
 
       test('finding goes by ids in their order, by name and by type', async () => {
         const [a, b, c] = [
-          await store.putData(write({ name: 'a', dataType: 'x' })),
-          await store.putData(write({ name: 'b', dataType: 'x' })),
-          await store.putData(write({ name: 'c', dataType: 'y' })),
+          await putOne(store, write({ name: 'a', dataType: 'x' })),
+          await putOne(store, write({ name: 'b', dataType: 'x' })),
+          await putOne(store, write({ name: 'c', dataType: 'y' })),
         ];
         const find = async (query: object) =>
           (
@@ -1800,14 +1836,14 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
         const node = await scene.node();
         await scene.submit();
         const lease = await scene.take(node);
-        await store.putData(write({ lease: refOf(lease) }));
+        await putOne(store, write({ lease: refOf(lease) }));
         expect(
           await codeOfRejection(
-            store.putData(write({ name: 'b', domainId: OTHER_DOMAIN, lease: refOf(lease) })),
+            putOne(store, write({ name: 'b', domainId: OTHER_DOMAIN, lease: refOf(lease) })),
           ),
         ).toBe('permission_denied');
         await scene.complete(refOf(lease));
-        expect(await codeOfRejection(store.putData(write({ name: 'b', lease: refOf(lease) })))).toBe(
+        expect(await codeOfRejection(putOne(store, write({ name: 'b', lease: refOf(lease) })))).toBe(
           'aborted',
         );
         expect(await codeOfRejection(store.createUpload(upload({ lease: refOf(lease) })))).toBe('aborted');
@@ -1815,25 +1851,25 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
 
       test('a confined task replaces only what a task of its own job made', async () => {
         const node = await scene.node();
-        const theirs = await store.putData(write({ name: 'theirs' }));
+        const theirs = await putOne(store, write({ name: 'theirs' }));
         await scene.submit([{ label: 'a' }, { label: 'b' }]);
         const [a, b] = await scene.lease(node, 2);
-        const mine = await store.putData(write({ name: 'mine', lease: refOf(a!), ownOnly: true }));
+        const mine = await putOne(store, write({ name: 'mine', lease: refOf(a!), ownOnly: true }));
         const again = write({ id: mine.id, name: null, lease: refOf(b!), ownOnly: true, size: 8 });
-        expect((await store.putData(again)).size).toBe(8);
+        expect((await putOne(store, again)).size).toBe(8);
         const foreign = write({ id: theirs.id, name: null, lease: refOf(a!) });
-        expect(await codeOfRejection(store.putData({ ...foreign, ownOnly: true }))).toBe('permission_denied');
-        expect(await codeOfRejection(store.putData(foreign))).toBe('ok');
+        expect(await codeOfRejection(putOne(store, { ...foreign, ownOnly: true }))).toBe('permission_denied');
+        expect(await codeOfRejection(putOne(store, foreign))).toBe('ok');
       });
 
       test('digests that no item names are told', async () => {
         const [one, two] = [`sha256:${'1'.repeat(64)}`, `sha256:${'2'.repeat(64)}`];
-        const a = await store.putData(write({ name: 'a' }));
-        const b = await store.putData(write({ name: 'b' }));
+        const a = await putOne(store, write({ name: 'a' }));
+        const b = await putOne(store, write({ name: 'b' }));
         expect(await store.unreferencedDigests([one, two])).toEqual([two]);
         await store.deleteData(DOMAIN, a.id);
         expect(await store.unreferencedDigests([one, two])).toEqual([two]);
-        await store.putData(write({ id: b.id, digest: two }));
+        await putOne(store, write({ id: b.id, digest: two }));
         expect(await store.unreferencedDigests([one, two])).toEqual([one]);
       });
     });
