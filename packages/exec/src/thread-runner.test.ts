@@ -930,6 +930,13 @@ describe('loading', () => {
       /no default export; end it with/,
     ],
     [
+      'no default export where TypeScript makes CommonJS',
+      'p1.ts',
+      'export const a = 1;',
+      'invalid_argument',
+      /no default export; end it with/,
+    ],
+    [
       'a default export of another kind',
       'p2.mjs',
       'export default () => {};',

@@ -71,9 +71,9 @@ async function load(): Promise<Runner> {
   }
   if (data.loader.kind === 'tsx') await registerTypeScript(data.loader.tsconfig);
   const exported = (await import(data.module)) as { readonly default?: unknown };
-  // A CommonJS module compiled from `export default` arrives with its exports as the default.
-  const inner = (exported.default as { readonly default?: unknown } | null | undefined)?.default;
-  return checkRunner(isRunnerLike(inner) ? inner : exported.default);
+  // A CommonJS module compiled from `export …` arrives with its exports as the default, and says what it was.
+  const outer = exported.default as { readonly default?: unknown; readonly __esModule?: unknown } | undefined;
+  return checkRunner(isRunnerLike(outer?.default) || outer?.__esModule === true ? outer?.default : outer);
 }
 
 /**
