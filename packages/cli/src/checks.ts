@@ -197,7 +197,12 @@ async function runnerModule(spec: RunnerSpec): Promise<Check> {
     const runners = await openRunners([spec], createLogger({ format: 'text', level: 'error' }));
     const capability = runners[0]?.capability ?? '';
     await closeRunners(runners);
-    return { name, state: 'ok', finding: `${capability} from ${spec.module}`, todo: null };
+    return {
+      name,
+      state: 'ok',
+      finding: `${capability} ${'module' in spec ? `from ${spec.module}` : 'made by the config file'}`,
+      todo: null,
+    };
   } catch (error) {
     return {
       name,

@@ -168,6 +168,22 @@ describe('millrace run', () => {
     expect(await read('out/loud/0.txt')).toBe('X?');
   });
 
+  test('a reader that leaves early changes neither the exit code nor the tidying up', async () => {
+    await write(
+      'fail.ts',
+      `export default { capability: '/test/fail/v1', run() { throw new Error('no'); } };`,
+    );
+    await write('job.yaml', 'tasks: [{ capability: /test/fail/v1, max_attempts: 1 }]\n');
+    const bin = fileURLToPath(new URL('../bin/millrace.js', import.meta.url));
+    const run = `{ "${process.execPath}" "${bin}" run job.yaml --runner fail.ts; echo $? > code; } | true`;
+    await promisify(execFile)('sh', ['-c', run], {
+      cwd: place.cwd,
+      env: { PATH: process.env['PATH'] ?? '', HOME: place.home, TMPDIR: place.tmp },
+    });
+    expect(await read('code')).toBe('1\n');
+    expect(await leftBehind()).toEqual([]);
+  });
+
   test('artifacts may be called anything: what is printed of it is safe for a terminal', async () => {
     const name = JSON.stringify('a\u001b[31m\r\nb\u202ec.txt');
     await write(
@@ -240,7 +256,9 @@ edges: [{ from: one, to: two }]
     await write('broken.ts', 'throw new Error("half written");');
     const { code, stderr } = await millrace(['run', 'broken.ts'], place);
     expect(code).toBe(2);
-    expect(stderr).toMatch(/runner module .*broken\.ts: .*half written/);
+    expect(stderr).toMatch(
+      /^millrace: runner module \S*broken\.ts threw while it was loaded: Error: half written\n$/,
+    );
     expect(await leftBehind()).toEqual([]);
   });
 

@@ -51,6 +51,22 @@ describe('the config file', () => {
     });
   });
 
+  test('may hold runners it made itself, which are taken as they are', async () => {
+    const exec = import.meta.resolve('@millrace/exec');
+    await write(
+      'c.mjs',
+      `import { subprocess } from '${exec}';
+       export default { runners: ['./a.js', subprocess({ capability: '/tools/sort/v1', command: 'sort' })] };`,
+    );
+    const { runners } = await loadConfig('c.mjs', dir);
+    expect(runners).toEqual([
+      { module: path.join(dir, 'a.js'), limits: {} },
+      { runner: expect.objectContaining({ capability: '/tools/sort/v1' }) as unknown },
+    ]);
+    await write('d.mjs', 'export default { runners: [{ capability: "", run() {} }] };');
+    await expect(loadConfig('d.mjs', dir)).rejects.toThrow('capability must be a non-empty string');
+  });
+
   test('gives each runner its own limits over the common ones', async () => {
     await write(
       'c.yaml',

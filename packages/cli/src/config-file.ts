@@ -2,14 +2,16 @@
 import { access, readFile } from 'node:fs/promises';
 import path from 'node:path';
 import { pathToFileURL } from 'node:url';
-import { MillraceError, describeError } from '@millrace/runner';
+import { MillraceError, checkCapability, describeError, type Runner } from '@millrace/runner';
 import { z } from 'zod';
 import type { MillraceConfig, RunnerLimits } from './config.ts';
 import { checkLocated, parseLocated, unlocated, type LocatedDocument } from './located-document.ts';
 import { capabilitySchema } from './schemas.ts';
 
-/** A runner to open, everything resolved. */
-export interface RunnerSpec {
+/** A runner to open, everything resolved; or one that the config file made itself. */
+export type RunnerSpec = ModuleSpec | { readonly runner: Runner };
+
+export interface ModuleSpec {
   /** Absolute path. */
   readonly module: string;
   readonly capability?: string;
@@ -42,6 +44,7 @@ const configSchema = z.strictObject({
   runners: z
     .array(
       z.union([
+        z.custom<Runner>(isRunner),
         z.string().min(1),
         z.strictObject({
           module: z.string().min(1),
@@ -57,6 +60,10 @@ const configSchema = z.strictObject({
   limits: z.strictObject({ ...limitMembers, drainMs: z.int().min(0).exactOptional() }).exactOptional(),
   maxConcurrency: z.int().min(1).max(4096).exactOptional(),
 }) satisfies z.ZodType<MillraceConfig>;
+
+function isRunner(value: unknown): boolean {
+  return typeof value === 'object' && value !== null && 'run' in value && typeof value.run === 'function';
+}
 
 const NAMES = ['ts', 'js', 'mjs', 'json', 'yaml', 'yml'].map((extension) => `millrace.config.${extension}`);
 
@@ -75,7 +82,11 @@ export async function loadConfig(given: string | undefined, cwd: string): Promis
   const { drainMs, ...limits } = config.limits ?? {};
   return {
     file,
-    runners: (config.runners ?? []).map((entry) => {
+    runners: (config.runners ?? []).map((entry): RunnerSpec => {
+      if (typeof entry === 'object' && 'run' in entry) {
+        checkCapability(entry.capability);
+        return { runner: entry };
+      }
       const spec = typeof entry === 'string' ? { module: entry } : entry;
       return {
         ...spec,

@@ -4,6 +4,7 @@
  *     import { defineConfig } from 'millrace';
  *     export default defineConfig({ runners: ['./resize.ts'], labels: { gpu: 'none' }, maxConcurrency: 2 });
  */
+import type { Runner } from '@millrace/runner';
 
 /** A runner module and how it is run. */
 export interface RunnerEntry {
@@ -34,8 +35,12 @@ export interface RunnerLimits {
 }
 
 export interface MillraceConfig {
-  /** In order: where two runners can do a task, the first one gets it. */
-  readonly runners?: readonly (string | RunnerEntry)[];
+  /**
+   * In order: where two runners can do a task, the first one gets it. A module is run in threads of its own. A Runner is
+   * taken as it is and called on the node's own thread, which must stay free: it is for runners that start programs
+   * elsewhere, such as `subprocess({ … })` and `container({ … })` of `@millrace/exec`.
+   */
+  readonly runners?: readonly (string | RunnerEntry | Runner)[];
   /** What tasks' `capability_filters` are matched against. Default none. */
   readonly labels?: Readonly<Record<string, string>>;
   readonly limits?: Partial<RunnerLimits> & {

@@ -1,4 +1,4 @@
-/** Runner modules as runners of a node in this process, each in its own threads. */
+/** The runners of a node in this process: modules in threads of their own, and those the config file made. */
 import { openThreadRunner } from '@millrace/exec';
 import { MillraceError, type Logger, type Runner } from '@millrace/runner';
 import type { RunnerSpec } from './config-file.ts';
@@ -9,7 +9,9 @@ import type { RunnerSpec } from './config-file.ts';
  * @throws MillraceError naming the module and why it does not load.
  */
 export async function openRunners(specs: readonly RunnerSpec[], log: Logger): Promise<Runner[]> {
-  const opening = specs.map((spec) => openThreadRunner({ ...spec, log }));
+  const opening = specs.map(async (spec) =>
+    'runner' in spec ? spec.runner : await openThreadRunner({ ...spec, log }),
+  );
   const results = await Promise.allSettled(opening);
   const runners = results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []));
   const failed = results.findIndex((result) => result.status === 'rejected');
@@ -17,7 +19,8 @@ export async function openRunners(specs: readonly RunnerSpec[], log: Logger): Pr
   await closeRunners(runners);
   const error = (results[failed] as PromiseRejectedResult).reason as unknown;
   const message = error instanceof Error ? error.message : String(error);
-  const what = `runner module ${specs[failed]?.module ?? ''}`;
+  const spec = specs[failed];
+  const what = `runner module ${spec !== undefined && 'module' in spec ? spec.module : ''}`;
   // Whatever the module did wrong, for the one who named it, it is a wrong configuration.
   throw new MillraceError('invalid_argument', message.startsWith(what) ? message : `${what}: ${message}`, {
     cause: error,

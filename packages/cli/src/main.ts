@@ -58,9 +58,12 @@ for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
   });
 }
 
+/** Null while the command runs. */
+let code: ExitCode | null = null;
+
 process.stdout.on('error', (error: NodeJS.ErrnoException) => {
   // The reader has seen enough (`millrace jobs | head -1`): nobody is left to tell.
-  if (error.code === 'EPIPE') process.exit(EXIT.done);
+  if (error.code === 'EPIPE') process.exit(code ?? EXIT.done);
   throw error;
 });
 
@@ -73,7 +76,7 @@ process.on('uncaughtException', (error) => {
   process.exit(EXIT.failed);
 });
 
-const code: ExitCode = await runProgram(io, process.argv.slice(2));
+code = await runProgram(io, process.argv.slice(2));
 // Commands close what they open. Leaving by `exit` keeps one idle keep-alive socket from holding the shell's prompt,
 // and it must wait for the pipe to take what was printed.
 await Promise.all([process.stdout, process.stderr].map(flushed));

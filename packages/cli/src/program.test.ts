@@ -76,13 +76,25 @@ describe('usage', () => {
     [['dispatch', 'serve', '--store', 'mysql:x'], /--store must be sqlite:PATH, got "mysql:x"/],
     [['nodes', 'add', '--name', 'x', '--mode', 'secret'], /--mode must be public or dedicated, got "secret"/],
     [['submit', 'none.yaml'], /cannot read the job file none\.yaml/],
-    [['node', 'start'], /REG_SECRET required/],
+    [['node', 'start', '--callbacks', 'a:b:c'], /--callbacks must be PORT or HOST:PORT, got "a:b:c"/],
+    [['node', 'start', '--callbacks', '70000'], /--callbacks port must be an integer from 0 to 65535/],
+    [['node', 'start', '--repeat-registration-secs', 'x'], /--repeat-registration-secs must be an integer/],
   ])('%j is wrong usage: one line on stderr, exit code 2', async (args, message) => {
     const { code, stdout, stderr } = await ask(args, place);
     expect([code, stdout]).toEqual([2, '']);
     expect(stderr).toMatch(message);
     expect(stderr.trimEnd().split('\n').at(-1)).toMatch(/^millrace: /);
     expect(stderr).not.toMatch(/^\s+at /m);
+  });
+
+  test('what is wrong with the environment of a node is said all at once, a problem to a line', async () => {
+    const { code, stderr } = await ask(['node', 'start'], place);
+    expect(code).toBe(2);
+    expect(stderr.trimEnd().split('\n')).toEqual([
+      "millrace: the node's environment has 2 problems:",
+      expect.stringMatching(/^ +- REG_SECRET required/),
+      expect.stringMatching(/^ +- SECP256K1_PRIVHEX required/),
+    ]);
   });
 
   test('with --json an error is a document on stdout', async () => {

@@ -126,7 +126,7 @@ function printError(session: Session, code: string, message: string, error: unkn
   if (session.out.json && !session.out.documentWritten) session.out.document({ error: { code, message } });
   else {
     const style = paint(terminalFeatures(stderr, env).color);
-    stderr.write(`${style.red('millrace:')} ${oneLine(message)}\n`);
+    stderr.write(`${style.red('millrace:')} ${message.split('\n').map(oneLine).join('\n  ')}\n`);
   }
   if (env['MILLRACE_DEBUG'] && error instanceof Error && error.stack !== undefined) {
     for (let each: unknown = error; each instanceof Error; each = each.cause)

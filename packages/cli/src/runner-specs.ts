@@ -2,7 +2,7 @@
 import { access } from 'node:fs/promises';
 import path from 'node:path';
 import { MillraceError } from '@millrace/runner';
-import type { LoadedConfig, RunnerSpec } from './config-file.ts';
+import type { LoadedConfig, ModuleSpec, RunnerSpec } from './config-file.ts';
 
 /**
  * The modules named, then those the config lists. A module named that the config lists too takes the config's settings.
@@ -16,24 +16,25 @@ export async function runnerSpecs(
 ): Promise<RunnerSpec[]> {
   const named = modules.map((module) => runnerSpec(module, config, cwd));
   const files = new Set(named.map((spec) => spec.module));
-  const specs = [...named, ...config.runners.filter((spec) => !files.has(spec.module))];
-  await Promise.all(specs.map(checkModule));
+  const specs = [...named, ...config.runners.filter((spec) => 'runner' in spec || !files.has(spec.module))];
+  await Promise.all(specs.map((spec) => ('runner' in spec ? null : checkModule(spec))));
   return specs;
 }
 
 /** One module by itself. @throws as {@link runnerSpecs}. */
-export async function singleRunner(module: string, config: LoadedConfig, cwd: string): Promise<RunnerSpec> {
+export async function singleRunner(module: string, config: LoadedConfig, cwd: string): Promise<ModuleSpec> {
   const spec = runnerSpec(module, config, cwd);
   await checkModule(spec);
   return spec;
 }
 
-function runnerSpec(module: string, config: LoadedConfig, cwd: string): RunnerSpec {
+function runnerSpec(module: string, config: LoadedConfig, cwd: string): ModuleSpec {
   const file = path.resolve(cwd, module);
-  return config.runners.find((spec) => spec.module === file) ?? { module: file, limits: config.limits };
+  const listed = config.runners.find((spec): spec is ModuleSpec => 'module' in spec && spec.module === file);
+  return listed ?? { module: file, limits: config.limits };
 }
 
-async function checkModule({ module }: RunnerSpec): Promise<void> {
+async function checkModule({ module }: ModuleSpec): Promise<void> {
   await access(module).catch((error: unknown) => {
     throw new MillraceError('invalid_argument', `runner module ${module} cannot be read`, { cause: error });
   });

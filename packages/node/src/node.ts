@@ -48,9 +48,9 @@ export interface NodeOptions {
   readonly progressIntervalMs?: number;
   /**
    * How often the node registers again although it is registered. Default: as often as the dispatcher announces, which for
-   * the reference's services and for our own is never; newer services want 120,000 ms.
+   * the reference's services and for our own is never; newer services want 120,000 ms. Null: never.
    */
-  readonly repeatRegistrationMs?: number;
+  readonly repeatRegistrationMs?: number | null;
   /** Takes the callbacks of older services at this address; see `callbacks.ts` for what that opens. Default: none. */
   readonly callbacks?: CallbackAddress;
   /** Default: measures nothing. */

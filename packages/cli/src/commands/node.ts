@@ -18,6 +18,8 @@ interface StartOptions {
   readonly workDir?: string;
   readonly printConfig?: boolean;
   readonly drainSecs?: string;
+  readonly callbacks?: string;
+  readonly repeatRegistrationSecs?: string;
 }
 
 export function registerNode(program: Command, session: Session): void {
@@ -44,6 +46,14 @@ export function registerNode(program: Command, session: Session): void {
       'print every setting with its value and where it comes from, secrets hidden, and stop',
     )
     .option('--drain-secs <n>', 'how long running tasks may go on after the first signal (default: 30)')
+    .option(
+      '--callbacks <[host:]port>',
+      'also listen for the callbacks of an older DDS (default: do not; host 127.0.0.1)',
+    )
+    .option(
+      '--repeat-registration-secs <n>',
+      'register again this often; 0: never (default: as the server announces, else never)',
+    )
     .addHelpText(
       'after',
       examples([
@@ -73,6 +83,11 @@ async function start(context: CommandContext, options: StartOptions): Promise<Ex
     options.drainSecs === undefined
       ? null
       : parseInteger(options.drainSecs, '--drain-secs', 0, 7 * 24 * 3600);
+  const repeatSecs =
+    options.repeatRegistrationSecs === undefined
+      ? null
+      : parseInteger(options.repeatRegistrationSecs, '--repeat-registration-secs', 0, 7 * 24 * 3600);
+  const callbacks = options.callbacks === undefined ? null : parseCallbacks(options.callbacks);
   const [{ loadConfig }, { runnerSpecs }, { parseNodeEnv, describeConfig, createNode, createLogger }] =
     await Promise.all([import('../config-file.ts'), import('../runner-specs.ts'), import('@millrace/node')]);
   const config = await loadConfig(options.config, io.cwd);
@@ -125,6 +140,8 @@ async function start(context: CommandContext, options: StartOptions): Promise<Ex
       labels: config.labels,
       ...(workDir !== null && { workDir }),
       ...(drainMs !== null && { drainMs }),
+      ...(callbacks !== null && { callbacks }),
+      ...(repeatSecs !== null && { repeatRegistrationMs: repeatSecs === 0 ? null : repeatSecs * 1000 }),
       log,
     });
   } catch (error) {
@@ -154,6 +171,19 @@ function workDirOf({ io, options: common }: CommandContext, options: StartOption
   if (options.workDir !== undefined) return path.resolve(io.cwd, options.workDir);
   const data = common.data || io.env['MILLRACE_DATA'];
   return data ? path.resolve(io.cwd, data, 'work') : null;
+}
+
+/** `port` or `host:port`; an IPv6 host in brackets. */
+function parseCallbacks(text: string): { readonly host?: string; readonly port: number } {
+  const match = /^(?:(\[[^\]]+\]|[^:]+):)?(\d+)$/.exec(text);
+  if (match === null) {
+    throw new MillraceError(
+      'invalid_argument',
+      `--callbacks must be PORT or HOST:PORT, got ${JSON.stringify(text)}`,
+    );
+  }
+  const port = parseInteger(match[2]!, '--callbacks port', 0, 65_535);
+  return match[1] === undefined ? { port } : { host: match[1].replace(/^\[|\]$/g, ''), port };
 }
 
 async function readEnvFile(file: string, cwd: string): Promise<Env> {

@@ -81,32 +81,46 @@ async function run(context: CommandContext, options: RunOptions, target: string)
   // Through the display once there is one, which redraws over what is written beside it.
   using interruption = new Interruption(io, (line) => screen.print(line));
   const log = quietLogger(io, (line) => screen.print(line));
-  const execution = {
+  const execution: Execution = {
     context,
     outDir,
     plan,
     timeoutMs,
     interruption,
-    onDisplay: (display: ProgressDisplay): void => {
+    onDisplay: (display) => {
       screen.print = (line) => display.print(line);
     },
   };
-  if (remote) {
-    const { resolveAddress } = await import('../connection.ts');
-    const address = await resolveAddress(context);
-    return await execute(execution, address, await plan.file(() => capabilitiesOf(plan.runners, log)));
-  }
+  // Told when everything is closed: a reader that leaves then (`millrace run … | head -1`) ends the program at once.
+  const { code, report } = remote
+    ? await runElsewhere(execution, log)
+    : await runHere(execution, concurrency, log);
+  report();
+  return code;
+}
+
+/** On the nodes of a dispatcher that is there. */
+async function runElsewhere(execution: Execution, log: Logger): Promise<Finished> {
+  const { plan, context } = execution;
+  const { resolveAddress } = await import('../connection.ts');
+  const address = await resolveAddress(context);
+  return await execute(execution, address, await plan.file(() => capabilitiesOf(plan.runners, log)));
+}
+
+/** With a dispatcher and a node in this process, gone when this resolves. */
+async function runHere(execution: Execution, concurrency: number | null, log: Logger): Promise<Finished> {
+  const { context, plan, interruption } = execution;
   const [{ startEmbedded }, { temporaryFolder }] = await Promise.all([
     import('../embedded.ts'),
     import('../temporary-folder.ts'),
   ]);
   // Not `MILLRACE_DATA`: it names where a dispatcher stays, and the one of this job goes.
-  await using folder = common.data ? null : await temporaryFolder();
+  await using folder = context.options.data ? null : await temporaryFolder();
   await using embedded = await startEmbedded({
     dataDir: folder?.path ?? resolveDataDir(context),
-    pid: io.pid,
+    pid: context.io.pid,
     port: 0,
-    env: io.env,
+    env: context.io.env,
     runners: plan.runners,
     config: plan.config,
     concurrency,
@@ -139,8 +153,14 @@ interface Execution {
   readonly onDisplay: (display: ProgressDisplay) => void;
 }
 
+/** The job's end, and how to tell it. */
+interface Finished {
+  readonly code: ExitCode;
+  readonly report: () => void;
+}
+
 /** Submits, follows, fetches. */
-async function execute(execution: Execution, address: Address, file: JobFile): Promise<ExitCode> {
+async function execute(execution: Execution, address: Address, file: JobFile): Promise<Finished> {
   const { interruption, timeoutMs } = execution;
   const { io, out } = execution.context;
   const { signal } = interruption;
@@ -168,22 +188,23 @@ async function execute(execution: Execution, address: Address, file: JobFile): P
       signal,
     });
     const timedOut = deadline.signal.aborted && detail.job.status === 'canceled';
-    out.result(
-      {
-        ...outcome.jobDocument(detail),
-        ...(timedOut && { error: { code: 'deadline_exceeded', message: `timeout: ${overdue}` } }),
-        out: execution.outDir,
-        artifacts,
-      },
-      () => [
-        ...outcome.jobLines(detail, events, out.paint),
-        ...(timedOut ? [`  timeout: ${overdue}`] : []),
-        ...artifacts.map(
-          (saved) => `  ${oneLine(shortPath(io.cwd, saved.file))}  ${formatBytes(saved.size)}`,
-        ),
-      ],
-    );
-    return timedOut ? EXIT.failed : outcome.jobExitCode(detail);
+    const report = (): void =>
+      out.result(
+        {
+          ...outcome.jobDocument(detail),
+          ...(timedOut && { error: { code: 'deadline_exceeded', message: `timeout: ${overdue}` } }),
+          out: execution.outDir,
+          artifacts,
+        },
+        () => [
+          ...outcome.jobLines(detail, events, out.paint),
+          ...(timedOut ? [`  timeout: ${overdue}`] : []),
+          ...artifacts.map(
+            (saved) => `  ${oneLine(shortPath(io.cwd, saved.file))}  ${formatBytes(saved.size)}`,
+          ),
+        ],
+      );
+    return { code: timedOut ? EXIT.failed : outcome.jobExitCode(detail), report };
   });
 }
 
