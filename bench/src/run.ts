@@ -1,13 +1,21 @@
 /** `npm run bench [name…]`: measures, and prints each figure beside a peer or a limit from the same run. */
+import { computeJs } from './compute-js.ts';
+import { compute } from './compute.ts';
 import { httpThroughput } from './http-throughput.ts';
 import { idleLatency } from './idle-latency.ts';
+import { runtime } from './runtime.ts';
 import { storeThroughput } from './store-throughput.ts';
+import { subprocessOverhead } from './subprocess.ts';
 import type { Figure } from './fixtures.ts';
 
 const FIGURES: Readonly<Record<string, () => Promise<Figure>>> = {
   'store-throughput': storeThroughput,
   'http-throughput': httpThroughput,
   'idle-latency': idleLatency,
+  'subprocess-overhead': subprocessOverhead,
+  runtime,
+  compute,
+  'compute-js': computeJs,
 };
 
 const names = process.argv.slice(2);

@@ -58,7 +58,7 @@ function* importsOf(file: string): Generator<string> {
 }
 
 function isTest(file: string): boolean {
-  return /\.test(?:\.support)?\.ts$|\/suite\.ts$|\/simulation\//.test(file);
+  return /\.test(?:\.support)?\.ts$|\/suite\.ts$|\/simulation\/|\/fixtures\//.test(file);
 }
 
 function packageOf(specifier: string): string {

@@ -17,7 +17,7 @@ export async function runnerSpecs(
   const named = modules.map((module) => runnerSpec(module, config, cwd));
   const files = new Set(named.map((spec) => spec.module));
   const specs = [...named, ...config.runners.filter((spec) => 'runner' in spec || !files.has(spec.module))];
-  await Promise.all(specs.map((spec) => ('runner' in spec ? null : checkModule(spec))));
+  await Promise.all(specs.flatMap((spec) => ('runner' in spec ? [] : [checkModule(spec)])));
   return specs;
 }
 

@@ -1,4 +1,5 @@
 /** The requestor's side over HTTP: jobs, events, nodes, and storage under the same token. */
+import type { Readable } from 'node:stream';
 import { randomUUID } from 'node:crypto';
 import { ERROR_CODES, MillraceError, sleep, systemClock, type ErrorCode } from '@millrace/runner';
 import { members, object, string } from '@millrace/runner/decode';
@@ -282,15 +283,24 @@ function ownError(body: string): { readonly code: ErrorCode; readonly message: s
   }
 }
 
-/** The events of one server-sent event stream. Breaking out ends the connection. */
+/** How long a server may take to end a stream after its last event, before the connection is given up. */
+const LAST_BYTES_MS = 1_000;
+
+/**
+ * The events of one server-sent event stream. Breaking out ends the connection; but not after the terminal event, when the
+ * server ends the stream by itself and the connection serves the next request.
+ */
 async function* readEvents(
   response: HttpResponse,
   signal: AbortSignal | undefined,
 ): AsyncGenerator<JobEvent, void, undefined> {
+  const { body } = response;
   const decoder = new TextDecoder();
   let text = '';
+  let complete = false;
   try {
-    for await (const chunk of response.body as AsyncIterable<Uint8Array>) {
+    const chunks = body.iterator({ destroyOnReturn: false }) as AsyncIterable<Uint8Array>;
+    for await (const chunk of chunks) {
       text += decoder.decode(chunk, { stream: true });
       if (text.length > MAX_FRAME_CHARS) {
         throw new MillraceError('data_loss', `an event is larger than ${MAX_FRAME_CHARS} characters`);
@@ -300,14 +310,25 @@ async function* readEvents(
       text = frames.pop() ?? '';
       for (const frame of frames) {
         const event = parseFrame(frame);
-        if (event !== null) yield event;
+        if (event === null) continue;
+        complete = isTerminal(event);
+        yield event;
       }
     }
   } catch (error) {
     throw MillraceError.is(error) ? error : transportError(error, 'event stream', signal);
   } finally {
-    response.body.destroy();
+    if (complete) letEnd(body);
+    else body.destroy();
   }
+}
+
+/** Reads what is left, which is nothing but the end. */
+function letEnd(body: Readable): void {
+  const timer = systemClock.setTimer(() => body.destroy(), LAST_BYTES_MS, { unref: true });
+  body.once('close', () => timer.cancel());
+  body.once('error', () => timer.cancel());
+  body.resume();
 }
 
 /** Null for a comment. */

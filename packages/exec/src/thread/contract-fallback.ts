@@ -22,7 +22,7 @@ export function provideContract(): void {
   register('./contract-hooks.js', import.meta.url);
   // Undocumented, and what every CommonJS loader (tsx's too) goes through.
   const commonJs = nodeModule as unknown as {
-    _resolveFilename(request: string, ...rest: unknown[]): string;
+    _resolveFilename: (this: unknown, request: string, ...rest: unknown[]) => string;
   };
   const find = commonJs._resolveFilename;
   commonJs._resolveFilename = function (request, ...rest) {
