@@ -1,5 +1,6 @@
 /** The program as its users have it: a real process, real files, real sockets. */
 import { execFile } from 'node:child_process';
+import { existsSync } from 'node:fs';
 import { mkdir, readFile, readdir, stat, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -185,14 +186,14 @@ describe('millrace run', () => {
   });
 
   test('artifacts may be called anything: what is printed of it is safe for a terminal', async () => {
-    const name = JSON.stringify('a\u001b[31m\r\nb\u202ec.txt');
+    const name = JSON.stringify('a\u2066b\u202ec.txt');
     await write(
       'odd.ts',
       `export default { capability: '/test/odd/v1', run: (ctx: any) => ctx.output.putBytes(${name}, Buffer.from('x')) };`,
     );
     const { code, stdout } = await millrace(['run', 'odd.ts'], place);
     expect(code).toBe(0);
-    expect(stdout.split('\n').slice(1)).toEqual(['  ./out/a  b c.txt  1 B', '']);
+    expect(stdout.split('\n').slice(1)).toEqual(['  ./out/a b c.txt  1 B', '']);
   });
 
   test('what stands in the way of the output folder is told before the work begins', async () => {
@@ -207,6 +208,53 @@ describe('millrace run', () => {
         expect.stringMatching(/^millrace: --out .* is not a folder; name another\n$/),
       ]);
     }
+  });
+
+  test.runIf(existsSync('/proc/self'))(
+    'a folder that cannot be made is told before the work begins, for --out and for --data',
+    async () => {
+      await write('shout.ts', SHOUT);
+      for (const option of ['--out', '--data']) {
+        const { code, stderr } = await millrace(
+          ['run', 'shout.ts', '--input', '-', option, '/proc/millrace-x'],
+          place,
+          { stdin: 'x' },
+        );
+        expect([code, stderr]).toEqual([
+          2,
+          expect.stringMatching(/^millrace: .*--(out|data).* \/proc\/millrace-x: cannot .*; name another\n$/),
+        ]);
+      }
+    },
+  );
+
+  test('an artifact that is also the folder of another is left out, by run and by get, with exit code 1', async () => {
+    await write(
+      'clash.ts',
+      `export default { capability: '/test/clash/v1', run: async (ctx: any) => {
+        await ctx.output.putBytes('f', Buffer.from('1'));
+        await ctx.output.putBytes('f/x', Buffer.from('2'));
+      } };`,
+    );
+    const told = /^millrace: artifact "f" \([0-9a-f-]{36}\) is not saved: it is also the folder of "f\/x"$/m;
+    const ran = await millrace(['run', 'clash.ts', '--json'], place);
+    expect(ran).toMatchObject({ code: 1, stderr: expect.stringMatching(told) });
+    expect(json(ran.stdout)).toMatchObject({
+      status: 'completed',
+      artifacts: [{ path: 'f/x', size: 1 }],
+      skipped: [{ path: 'f' }],
+    });
+    expect(await readFile(path.join(place.cwd, 'out/f/x'), 'utf8')).toBe('2');
+
+    await using up = new Program(['up', 'clash.ts', '--port', '0', '--json'], place);
+    const { url } = await up.firstDocument<{ url: string }>();
+    const submitted = await millrace(['run', 'clash.ts', '--url', url, '--json'], place);
+    const { job_id: jobId } = json(submitted.stdout) as { job_id: string };
+    const got = await ask(['get', jobId, '--out', 'got'], place);
+    expect(got).toMatchObject({ code: 1, stderr: expect.stringMatching(told) });
+    expect(got.stdout).toMatch(/\/got\/f\/x {2}1 B\n$/);
+    const alone = await ask(['get', jobId, 'f', '--out', 'alone'], place);
+    expect(alone).toMatchObject({ code: 0, stderr: '' });
   });
 
   test('a stderr that cannot be written costs the remarks, not the job', async () => {

@@ -81,7 +81,12 @@ describe('the config file', () => {
   test.each([
     ['c.yaml', 'maxConcurrency: 0\n', /^c\.yaml:1:17: maxConcurrency: .*>=1, got 0/],
     ['c.yaml', 'limits:\n  wallMs: fast\n', /^c\.yaml:2:11: limits\.wallMs: .*, got "fast"/],
-    ['c.yaml', 'runner: [a.js]\n', /^c\.yaml:1:9: unknown member "runner"/],
+    [
+      'c.yaml',
+      'runner: [a.js]\n',
+      /^c\.yaml:1:9: unknown member "runner"; known are runners, labels, limits, maxConcurrency$/,
+    ],
+    ['c.yaml', 'limits: { wall: 1 }\n', /: limits: unknown member "wall"; known are memoryMiB, .*drainMs$/],
     ['c.yaml', 'labels: { gpu: 1 }\n', /labels\.gpu: expected string, got 1/],
     ['c.json', '{"runners": [', /^c\.json:1:\d+: /],
     ['c.mjs', 'export const nothing = 1;', /c\.mjs has no default export/],

@@ -1,8 +1,7 @@
 /** The data folder: where a dispatcher on this machine keeps its state, and where the program finds it again. */
-import { mkdir } from 'node:fs/promises';
 import { homedir } from 'node:os';
 import path from 'node:path';
-import { MillraceError } from '@millrace/runner';
+import { makeFolders } from './folders.ts';
 import type { CommandContext } from './io.ts';
 
 /** `--data`, else `MILLRACE_DATA`, else `$XDG_DATA_HOME/millrace`, else `~/.local/share/millrace`. Absolute. */
@@ -15,15 +14,7 @@ export function resolveDataDir({ io, options }: CommandContext): string {
   return path.join(base, 'millrace');
 }
 
-/** Makes the folder, open to its owner only, as it holds keys. @throws MillraceError `failed_precondition`. */
+/** Makes the folder, open to its owner only, as it holds keys. @throws MillraceError `invalid_argument`. */
 export async function ensureDataDir(dir: string): Promise<void> {
-  try {
-    await mkdir(dir, { recursive: true, mode: 0o700 });
-  } catch (error) {
-    throw new MillraceError(
-      'failed_precondition',
-      `cannot make the data folder ${dir}; name another with --data or MILLRACE_DATA`,
-      { cause: error },
-    );
-  }
+  await makeFolders(dir, 'the data folder (--data, MILLRACE_DATA)', 0o700);
 }

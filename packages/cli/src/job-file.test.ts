@@ -60,7 +60,11 @@ describe('a job file', () => {
     ],
     [
       'tasks:\n  - capability: /x\n    capabilty: /x\n',
-      /^job\.yaml:3:16: tasks\[0\]: unknown member "capabilty"/,
+      /^job\.yaml:3:16: tasks\[0\]: unknown member "capabilty"; known are label, stage, capability, .*deadline_at$/,
+    ],
+    [
+      'tasks:\n  - capability: /x\nedges: [{ from: a, to: b, via: c, at: d }]\n',
+      /^job\.yaml:3:\d+: edges\[0\]: unknown members "via", "at"; known are from, to$/,
     ],
     [
       'tasks:\n  - capability: a b\n',

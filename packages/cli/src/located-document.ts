@@ -4,7 +4,7 @@
  */
 import { MillraceError } from '@millrace/runner';
 import { LineCounter, parseDocument, type Document } from 'yaml';
-import type { z } from 'zod';
+import { z } from 'zod';
 
 export interface LocatedDocument {
   readonly file: string;
@@ -58,19 +58,38 @@ export function checkLocated<T>(document: LocatedDocument, schema: z.ZodType<T>)
       // An unknown key is pointed at itself, not at the object it is in.
       const path = issue.code === 'unrecognized_keys' ? [...issue.path, issue.keys[0] ?? ''] : issue.path;
       const name = pathText(issue.path);
-      return `${document.locate(path)}: ${name === '' ? '' : `${name}: `}${rule(issue)}`;
+      return `${document.locate(path)}: ${name === '' ? '' : `${name}: `}${rule(issue, schema)}`;
     }),
   );
 }
 
-function rule(issue: z.core.$ZodIssue): string {
+function rule(issue: z.core.$ZodIssue, schema: z.ZodType): string {
   if (issue.code === 'unrecognized_keys') {
-    return `unknown ${issue.keys.length === 1 ? 'member' : 'members'} ${issue.keys.map((key) => JSON.stringify(key)).join(', ')}`;
+    const unknown = issue.keys.map((key) => JSON.stringify(key)).join(', ');
+    const known = knownMembers(schema, issue.path);
+    return `unknown ${issue.keys.length === 1 ? 'member' : 'members'} ${unknown}${known === null ? '' : `; known are ${known.join(', ')}`}`;
   }
   const message = issue.message.replace(/^Invalid input: /, '');
   if (issue.input === undefined) return message.endsWith('received undefined') ? 'is missing' : message;
   const value = JSON.stringify(issue.input) ?? typeof issue.input;
   return `${message.replace(/, received \w+$/, '')}, got ${value.length > 60 ? `${value.slice(0, 59)}…` : value}`;
+}
+
+/** Of the object that `schema` has at `path`; null where a union leaves open which one it is. */
+function knownMembers(schema: unknown, path: readonly PropertyKey[]): readonly string[] | null {
+  let at = schema;
+  const steps = [...path];
+  for (;;) {
+    if (at instanceof z.ZodOptional || at instanceof z.ZodExactOptional || at instanceof z.ZodNullable) {
+      at = at.unwrap();
+      continue;
+    }
+    const step = steps.shift();
+    if (at instanceof z.ZodArray) at = at.element;
+    else if (!(at instanceof z.ZodObject)) return null;
+    else if (step === undefined) return Object.keys(at.shape);
+    else at = (at.shape as Readonly<Record<PropertyKey, unknown>>)[step];
+  }
 }
 
 /** `tasks[0].capability`. */

@@ -94,6 +94,9 @@ describe('usage', () => {
       "millrace: the node's environment has 2 problems:",
       expect.stringMatching(/^ +- REG_SECRET required/),
       expect.stringMatching(/^ +- SECP256K1_PRIVHEX required/),
+      expect.stringMatching(
+        /^ +"millrace nodes add" makes credentials; give them with --env-file or in the environment$/,
+      ),
     ]);
   });
 

@@ -56,8 +56,8 @@ describe('an upload', () => {
       const bytes = randomBytes(size);
       const id = await uploadStream(chunked(bytes), uniqueDataName('a.bin'), 'bin_data', to());
       const out = path.join(root, `out-${size}`);
-      const [saved] = await saveArtifacts([{ path: 'deep/er/a.bin', id, taskId: 't' }], out, to());
-      expect(saved).toMatchObject({ size, digest: sha256(bytes), file: path.join(out, 'deep/er/a.bin') });
+      const { saved } = await saveArtifacts([{ path: 'deep/er/a.bin', id, taskId: 't' }], out, to());
+      expect(saved[0]).toMatchObject({ size, digest: sha256(bytes), file: path.join(out, 'deep/er/a.bin') });
       expect((await readFile(path.join(out, 'deep/er/a.bin'))).equals(bytes)).toBe(true);
       expect(await readdir(path.join(out, 'deep/er'))).toEqual(['a.bin']);
     },
@@ -133,6 +133,28 @@ describe('saving artifacts', () => {
       /"a\/..\/..\/evil.txt" is refused: it contains ".."/,
     );
     await expect(readdir(out)).rejects.toThrow(/ENOENT/);
+  });
+
+  test('skips a file that is also the folder of others, and the second of two that are one file', async () => {
+    const out = path.join(root, 'clash');
+    const paths = ['f', 'f/x', 'f/y/z', 'f/y', 'g', './g'];
+    const artifacts = await Promise.all(
+      paths.map(async (each) => ({ path: each, id: await put(each), taskId: 't' })),
+    );
+    for (const order of [artifacts, artifacts.slice(0, 4).toReversed().concat(artifacts.slice(4))]) {
+      await rm(out, { recursive: true, force: true });
+      const { saved, skipped } = await saveArtifacts(order, out, to());
+      expect(saved.map((each) => each.path).toSorted()).toEqual(['f/x', 'f/y/z', 'g']);
+      expect(await readFile(path.join(out, 'f/x'), 'utf8')).toBe('f/x');
+      expect(await readFile(path.join(out, 'g'), 'utf8')).toBe('g');
+      expect(new Map(skipped.map((each) => [each.path, each.reason]))).toEqual(
+        new Map([
+          ['f', expect.stringMatching(/^it is also the folder of "f\/(x|y|y\/z)"$/)],
+          ['f/y', 'it is also the folder of "f/y/z"'],
+          ['./g', 'it is the same file as "g"'],
+        ]),
+      );
+    }
   });
 
   test('does not follow a link out of the folder', async () => {

@@ -4,12 +4,14 @@
  */
 import { createHash, randomBytes, randomUUID, type Hash } from 'node:crypto';
 import { createReadStream } from 'node:fs';
-import { mkdir, open, realpath, rename, rm, stat } from 'node:fs/promises';
+import { mkdir, open, realpath, rename, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { addAbortSignal, type Readable } from 'node:stream';
 import type { DomainStorage } from '@millrace/dispatch/client';
 import { MillraceError, sleep, systemClock, type ByteStream } from '@millrace/runner';
+import { checkFolder, makeFolders } from './folders.ts';
 import type { InputSource } from './job-file.ts';
+import { oneLine } from './text-width.ts';
 
 const MAX_TRIES = 5;
 /** Uploads up to this size go in one request. */
@@ -201,39 +203,47 @@ export interface SavedArtifact {
   readonly digest: string;
 }
 
+/** An artifact that was left out because its path and another's cannot both be files here. */
+export interface SkippedArtifact {
+  readonly path: string;
+  readonly id: string;
+  readonly task_id: string;
+  readonly reason: string;
+}
+
+export interface SavedArtifacts {
+  /** In the order given. */
+  readonly saved: readonly SavedArtifact[];
+  readonly skipped: readonly SkippedArtifact[];
+}
+
 /**
- * That `outDir` is a folder, or can be made because nothing on its way is something else.
+ * That `outDir` is a folder that can be written, or can be made. Nothing is left there.
  *
  * @throws MillraceError `invalid_argument` naming what is in the way
  */
 export async function checkOutputFolder(outDir: string): Promise<void> {
-  for (let place = outDir; ; place = path.dirname(place)) {
-    const found = await stat(place).catch(() => null);
-    if (found?.isDirectory() || place === path.dirname(place)) return;
-    if (found !== null) {
-      throw new MillraceError('invalid_argument', `--out ${outDir}: ${place} is not a folder; name another`);
-    }
-  }
+  await checkFolder(outDir, '--out');
 }
 
 /**
- * Downloads artifacts into `outDir` under their logical paths, four at a time; resolves with them in the order given.
- * Without artifacts the folder is not made.
+ * Downloads artifacts into `outDir` under their logical paths, four at a time. Without artifacts the folder is not made.
  *
- * @throws MillraceError `invalid_argument` for a path that leaves the folder, before anything is written;
- * `failed_precondition` where it cannot be written; `data_loss` for bytes that do not match their digest.
+ * A file whose path is also the folder of another artifact is skipped, and so is the later of two that are one file here:
+ * that keeps the most of a job, and does not depend on which is downloaded first.
+ *
+ * @throws MillraceError `invalid_argument` for a path that leaves the folder, before anything is written, and for a folder
+ * that cannot be made; `failed_precondition` where it cannot be written; `data_loss` for bytes that do not match their digest.
  */
 export async function saveArtifacts(
   artifacts: readonly Artifact[],
   outDir: string,
   from: DownloadFrom,
-): Promise<SavedArtifact[]> {
+): Promise<SavedArtifacts> {
   // Every path is judged before the first byte is written.
-  const places = artifacts.map((artifact) => ({ artifact, relative: safeRelativePath(artifact.path) }));
-  if (places.length === 0) return [];
-  await mkdir(outDir, { recursive: true }).catch((error: unknown) => {
-    throw writeError(outDir, error);
-  });
+  const { places, skipped } = placesOf(artifacts);
+  if (places.length === 0) return { saved: [], skipped };
+  await makeFolders(outDir, '--out');
   const root = await realpath(outDir);
   const saved: SavedArtifact[] = [];
   const queue = places.entries();
@@ -258,7 +268,52 @@ export async function saveArtifacts(
   });
   await Promise.allSettled(workers);
   await Promise.all(workers);
-  return saved;
+  return { saved, skipped };
+}
+
+interface PlacedArtifact {
+  readonly artifact: Artifact;
+  readonly relative: string;
+}
+
+function placesOf(artifacts: readonly Artifact[]): {
+  readonly places: readonly PlacedArtifact[];
+  readonly skipped: readonly SkippedArtifact[];
+} {
+  const all = artifacts.map((artifact) => ({ artifact, relative: safeRelativePath(artifact.path) }));
+  /** Each folder an artifact is in, with the first such artifact. */
+  const folders = new Map<string, Artifact>();
+  for (const { artifact, relative } of all) {
+    for (let dir = path.dirname(relative); dir !== '.' && !folders.has(dir); dir = path.dirname(dir)) {
+      folders.set(dir, artifact);
+    }
+  }
+  const files = new Map<string, Artifact>();
+  const places: PlacedArtifact[] = [];
+  const skipped: SkippedArtifact[] = [];
+  for (const place of all) {
+    const { artifact, relative } = place;
+    const inside = folders.get(relative);
+    const same = files.get(relative);
+    if (inside === undefined && same === undefined) {
+      files.set(relative, artifact);
+      places.push(place);
+      continue;
+    }
+    const reason =
+      inside === undefined
+        ? `it is the same file as ${JSON.stringify(same?.path)}`
+        : `it is also the folder of ${JSON.stringify(inside.path)}`;
+    skipped.push({ path: artifact.path, id: artifact.id, task_id: artifact.taskId, reason });
+  }
+  return { places, skipped };
+}
+
+/** One line for each artifact that was left out. */
+export function skippedLines(skipped: readonly SkippedArtifact[]): string[] {
+  return skipped.map(({ path: logicalPath, id, reason }) =>
+    oneLine(`millrace: artifact ${JSON.stringify(logicalPath)} (${id}) is not saved: ${reason}`),
+  );
 }
 
 /**

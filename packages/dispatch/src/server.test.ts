@@ -64,6 +64,22 @@ describe('bad input', () => {
     expect(({} as Record<string, unknown>)['admin']).toBeUndefined();
   });
 
+  test.each([
+    ['a byte that begins nothing', [0xff]],
+    ['half a character', [0xc3]],
+    ['an overlong slash', [0xc0, 0xaf]],
+    ['a surrogate', [0xed, 0xa0, 0x80]],
+  ])('a body with %s is 400, as it is not UTF-8', async (_name, bytes) => {
+    const body = Buffer.concat([Buffer.from('{"label":"'), Buffer.from(bytes), Buffer.from('"}')]);
+    const response = await fetch(new URL('/v1/jobs', server.dispatcher.url), {
+      method: 'POST',
+      headers: { 'content-type': 'application/json' },
+      body,
+    });
+    expect(response.status).toBe(400);
+    expect(await response.text()).toContain(`the body is not valid UTF-8 (${body.length} bytes)`);
+  });
+
   test('another content type is 415 and says which is right', async () => {
     const answer = await server.call('POST', '/v1/jobs', {
       raw: 'a=b',

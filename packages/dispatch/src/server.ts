@@ -4,6 +4,7 @@
  * The order of a request: URL cleaned, body read within its limits and time, JSON parsed and its depth checked, schema
  * checked, identity checked, then the store. Nothing has changed when any of these refuses.
  */
+import { isUtf8 } from 'node:buffer';
 import { randomUUID } from 'node:crypto';
 import { setMaxListeners } from 'node:events';
 import type { AddressInfo, Socket } from 'node:net';
@@ -174,9 +175,9 @@ function createApp(context: ServerContext, bodies: BodyWatch): FastifyInstance {
     frameworkErrors: (error, request, reply) => jsonErrorHandler(log)(error, request, reply),
   });
   app.removeAllContentTypeParsers();
-  app.addContentTypeParser('application/json', { parseAs: 'string' }, (_request, text, done) => {
+  app.addContentTypeParser('application/json', { parseAs: 'buffer' }, (_request, bytes, done) => {
     try {
-      done(null, parseBody(text as string, limits.jsonDepth));
+      done(null, parseBody(bytes as Buffer, limits.jsonDepth));
     } catch (error) {
       done(error as Error);
     }
@@ -233,8 +234,13 @@ function createApp(context: ServerContext, bodies: BodyWatch): FastifyInstance {
 }
 
 /** JSON within a depth, and without the one key that reaches an object's prototype. An empty text is no body. */
-function parseBody(text: string, maxDepth: number): unknown {
-  if (text === '') return undefined;
+function parseBody(bytes: Buffer, maxDepth: number): unknown {
+  if (bytes.length === 0) return undefined;
+  // Decoding would replace what is not UTF-8, and something else than was sent would be stored.
+  if (!isUtf8(bytes)) {
+    throw new MillraceError('invalid_argument', `the body is not valid UTF-8 (${bytes.length} bytes)`);
+  }
+  const text = bytes.toString('utf8');
   let value: unknown;
   try {
     value = JSON.parse(text);

@@ -39,13 +39,17 @@ async function get(
   globs: readonly string[],
 ): Promise<ExitCode> {
   const { io, out } = context;
-  const [{ resolveAddress, withRequestor }, { artifactsOf }, { saveArtifacts }, { default: picomatch }] =
-    await Promise.all([
-      import('../connection.ts'),
-      import('../job-outcome.ts'),
-      import('../transfer.ts'),
-      import('picomatch'),
-    ]);
+  const [
+    { resolveAddress, withRequestor },
+    { artifactsOf },
+    { saveArtifacts, skippedLines },
+    { default: picomatch },
+  ] = await Promise.all([
+    import('../connection.ts'),
+    import('../job-outcome.ts'),
+    import('../transfer.ts'),
+    import('picomatch'),
+  ]);
   const address = await resolveAddress(context);
   return await withRequestor(address, async (requestor) => {
     const stop = new AbortController();
@@ -63,14 +67,15 @@ async function get(
       );
     }
     const outDir = path.resolve(io.cwd, options.out);
-    const artifacts = await saveArtifacts(chosen, outDir, {
+    const { saved: artifacts, skipped } = await saveArtifacts(chosen, outDir, {
       storage: requestor.storage,
       domainId: detail.job.domain_id,
       signal: stop.signal,
     });
-    out.result({ job_id: jobId, out: outDir, artifacts }, () =>
+    out.result({ job_id: jobId, out: outDir, artifacts, ...(skipped.length > 0 && { skipped }) }, () =>
       artifacts.map(({ file, size }) => `${oneLine(file)}  ${formatBytes(size)}`),
     );
-    return EXIT.done;
+    for (const line of skippedLines(skipped)) out.note(line);
+    return skipped.length > 0 ? EXIT.failed : EXIT.done;
   });
 }

@@ -111,7 +111,7 @@ async function start(context: CommandContext, options: StartOptions): Promise<Ex
     );
     return EXIT.done;
   }
-  const nodeConfig = parseNodeEnv(env);
+  const nodeConfig = withHint(() => parseNodeEnv(env));
   const specs = await runnerSpecs(options.runner ?? [], config, io.cwd);
   if (specs.length === 0 && !nodeConfig.enableNoop) {
     throw new MillraceError(
@@ -165,6 +165,22 @@ async function start(context: CommandContext, options: StartOptions): Promise<Ex
   );
   await running.run();
   return EXIT.done;
+}
+
+/** Names where credentials come from when it is they that are missing or wrong. */
+function withHint<T>(parse: () => T): T {
+  try {
+    return parse();
+  } catch (error) {
+    const variables = MillraceError.is(error) ? error.details['variables'] : null;
+    if (!MillraceError.is(error) || !Array.isArray(variables)) throw error;
+    if (!variables.includes('REG_SECRET') && !variables.includes('SECP256K1_PRIVHEX')) throw error;
+    throw new MillraceError(
+      error.code,
+      `${error.message}\n"millrace nodes add" makes credentials; give them with --env-file or in the environment`,
+      { cause: error.cause, details: error.details },
+    );
+  }
 }
 
 function workDirOf({ io, options: common }: CommandContext, options: StartOptions): string | null {

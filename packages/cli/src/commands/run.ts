@@ -164,7 +164,7 @@ async function execute(execution: Execution, address: Address, file: JobFile): P
   const { interruption, timeoutMs } = execution;
   const { io, out } = execution.context;
   const { signal } = interruption;
-  const [{ withRequestor }, { submitWithInputs }, { followJob }, outcome, { saveArtifacts }] =
+  const [{ withRequestor }, { submitWithInputs }, { followJob }, outcome, { saveArtifacts, skippedLines }] =
     await Promise.all([
       import('../connection.ts'),
       import('../submission.ts'),
@@ -182,19 +182,20 @@ async function execute(execution: Execution, address: Address, file: JobFile): P
       signal,
       onDisplay: execution.onDisplay,
     });
-    const artifacts = await saveArtifacts(outcome.artifactsOf(detail), execution.outDir, {
+    const { saved: artifacts, skipped } = await saveArtifacts(outcome.artifactsOf(detail), execution.outDir, {
       storage: requestor.storage,
       domainId: detail.job.domain_id,
       signal,
     });
     const timedOut = deadline.signal.aborted && detail.job.status === 'canceled';
-    const report = (): void =>
+    const report = (): void => {
       out.result(
         {
           ...outcome.jobDocument(detail),
           ...(timedOut && { error: { code: 'deadline_exceeded', message: `timeout: ${overdue}` } }),
           out: execution.outDir,
           artifacts,
+          ...(skipped.length > 0 && { skipped }),
         },
         () => [
           ...outcome.jobLines(detail, events, out.paint),
@@ -204,7 +205,11 @@ async function execute(execution: Execution, address: Address, file: JobFile): P
           ),
         ],
       );
-    return { code: timedOut ? EXIT.failed : outcome.jobExitCode(detail), report };
+      for (const line of skippedLines(skipped)) out.note(line);
+    };
+    const code = outcome.jobExitCode(detail);
+    const incomplete = code === EXIT.done && skipped.length > 0;
+    return { code: timedOut || incomplete ? EXIT.failed : code, report };
   });
 }
 

@@ -1,6 +1,6 @@
 import { spawn } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
-import { chmod, mkdtemp, readdir, readFile, rm, truncate, utimes, writeFile } from 'node:fs/promises';
+import { chmod, mkdtemp, readdir, readFile, rm, stat, truncate, utimes, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
@@ -44,6 +44,22 @@ describe('blobs as files', () => {
     const { digest } = await blobs.put(once('hello'), ANY);
     expect(digest).toBe('sha256:2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824');
     expect(await readFile(pathOf(dir, digest), 'utf8')).toBe('hello');
+  });
+
+  test('all folders and files are open to their owner only', async () => {
+    const root = join(dir, 'parent', 'blobs');
+    await using blobs = await openFileBlobs({ dir: root });
+    await blobs.put(once('hello'), ANY);
+    await blobs.putPart('upload', 1, once('part'), ANY);
+    const modes = new Map<string, number>();
+    const entries = await readdir(join(dir, 'parent'), { recursive: true, withFileTypes: true });
+    for (const entry of entries) {
+      const path = join(entry.parentPath, entry.name);
+      modes.set(path, (await stat(path)).mode & 0o777);
+      expect([path, modes.get(path)]).toEqual([path, entry.isDirectory() ? 0o700 : 0o600]);
+    }
+    // blobs, its three folders, two for the blob, one for the upload, and two files.
+    expect(modes.size).toBe(9);
   });
 
   test('a flipped bit is found before the last chunk is handed out', async () => {

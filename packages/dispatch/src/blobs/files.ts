@@ -5,6 +5,7 @@
  *   synced too. So a name is there with the right bytes or not at all, whenever the power fails.
  * - Everything under way is in `tmp/<pid>-<random>`; what a crashed process left there is removed at the next open.
  * - `uploads/<upload id>/<part number>` are parts of chunked uploads, as durable as blobs.
+ * - What it makes is open to its owner only.
  * - Putting bytes again replaces the file by an equal one. That costs a write, and buys that a damaged file is healed
  *   by it and that "when was this put last" needs no second place to be kept.
  */
@@ -32,6 +33,10 @@ const WRITE_BYTES = 256 * 1024;
 
 /** Size of one read. Measured on a cached file, hashed: 64 KiB 250-500 MiB/s, 256 KiB 720-800, 1 MiB 520-840. */
 const READ_BYTES = 256 * 1024;
+
+/** What users upload is for the dispatcher alone, also where the folder itself is open to others. */
+const FOLDER_MODE = 0o700;
+const FILE_MODE = 0o600;
 
 /** A temporary file this old is nobody's, whatever process has the number in its name now. */
 const ABANDONED_MS = 24 * 60 * 60 * 1000;
@@ -68,7 +73,7 @@ class FileBlobs implements BlobStore {
   async prepare(): Promise<void> {
     try {
       for (const name of ['sha256', 'tmp', 'uploads'])
-        await mkdir(join(this.#dir, name), { recursive: true });
+        await mkdir(join(this.#dir, name), { recursive: true, mode: FOLDER_MODE });
       await syncFolder(this.#dir);
       const now = Date.now();
       const startedAt = now - process.uptime() * 1000;
@@ -159,7 +164,7 @@ class FileBlobs implements BlobStore {
       const temp = this.#tempPath();
       const staged = await this.#stage(temp, bytes, options, `part ${partNumber} of upload ${uploadId}`);
       try {
-        await mkdir(folder, { recursive: true });
+        await mkdir(folder, { recursive: true, mode: FOLDER_MODE });
         await rename(temp, path);
         await syncFolder(folder);
         await syncFolder(join(this.#dir, 'uploads'));
@@ -313,7 +318,7 @@ class FileBlobs implements BlobStore {
       pendingBytes = 0;
       // Only here: an error of the source, which may carry an errno of its own, is passed on as it is.
       try {
-        handle ??= await open(temp, 'wx', 0o644);
+        handle ??= await open(temp, 'wx', FILE_MODE);
         await handle.writeFile(data);
       } catch (error) {
         throw storageError(error, `storing ${what}`, temp);
@@ -381,7 +386,7 @@ class FileBlobs implements BlobStore {
     if (this.#folders.has(leaf)) return;
     const root = join(this.#dir, 'sha256');
     const middle = join(root, hex.slice(0, 2));
-    await mkdir(leaf, { recursive: true });
+    await mkdir(leaf, { recursive: true, mode: FOLDER_MODE });
     if (!this.#folders.has(middle)) await syncFolder(root);
     await syncFolder(middle);
     this.#folders.add(middle).add(leaf);

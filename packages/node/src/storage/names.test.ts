@@ -13,6 +13,32 @@ describe('logical paths', () => {
   ])('prefix %j and path %j give %j', (prefix, rel, path) => {
     expect(logicalPath(prefix, rel)).toBe(path);
   });
+
+  test.each([
+    [null, '', /^artifact path "" must not be empty for a task without outputs_prefix$/],
+    ['/', '//', /^artifact path "\/\/" must not be empty/],
+    ['out', '.', /^artifact path "\." must not have "\." or "\.\." segments$/],
+    ['out', '../x', /^artifact path "\.\.\/x" must not have/],
+    ['out', 'a/./b', /must not have/],
+    ['out', '/a/..', /must not have/],
+    ['out', 'a\0b', /^artifact path "a\\u0000b" must not contain control characters$/],
+    ['out', 'a\nb', /control/],
+    ['out', 'a\u007f', /control/],
+    ['out', 'a\u009b', /control/],
+  ])('prefix %j and path %j are refused', (prefix, rel, message) => {
+    expect(() => logicalPath(prefix, rel)).toThrow(message);
+    expect(() => logicalPath(prefix, rel)).toThrow(expect.objectContaining({ code: 'invalid_argument' }));
+  });
+
+  test('a path has up to 1024 bytes, without the slashes in front and without the prefix', () => {
+    const longest = 'ä'.repeat(512);
+    expect(logicalPath('out', `//${longest}`)).toBe(`out/${longest}`);
+    expect(() => logicalPath(null, `${longest}x`)).toThrow(/ must be at most 1024 bytes, is 1025$/);
+  });
+
+  test('dots are fine where they are not the whole segment', () => {
+    expect(logicalPath(null, '..a/b../.c')).toBe('..a/b../.c');
+  });
 });
 
 describe('artifact names', () => {

@@ -4,11 +4,15 @@
  */
 import { createHash } from 'node:crypto';
 import { MAX_DATA_NAME_BYTES } from '@millrace/dispatch/client';
+import { MillraceError } from '@millrace/runner';
 
 /** Longest file name of common file systems. */
 const MAX_FILE_NAME_BYTES = 255;
 
 const HASH_DIGITS = 16;
+
+/** Longest path of an artifact below the outputs prefix. */
+const MAX_REL_PATH_BYTES = 1024;
 
 /** Every code point other than ASCII letters, digits, `-` and `_` becomes `_`. */
 function sanitise(text: string, whenEmpty: string): string {
@@ -19,10 +23,25 @@ function hashOf(text: string): string {
   return createHash('sha256').update(text).digest('hex').slice(0, HASH_DIGITS);
 }
 
-/** `prefix/rel`: slashes are removed from the front of `rel` and from both ends of the prefix; an empty half is left out. */
+/**
+ * `prefix/rel`: slashes are removed from the front of `rel` and from both ends of the prefix; an empty half is left out.
+ *
+ * @throws MillraceError `invalid_argument` when both are empty, and for a `rel` of more than 1024 bytes, with a control
+ * character, or with a `.` or `..` segment: nobody could save such an artifact under its path.
+ */
 export function logicalPath(outputsPrefix: string | null, relPath: string): string {
   const rel = relPath.replace(/^\/+/, '');
   const prefix = (outputsPrefix ?? '').replaceAll(/^\/+|\/+$/g, '');
+  const refuse = (rule: string): never => {
+    throw new MillraceError('invalid_argument', `artifact path ${JSON.stringify(relPath)} ${rule}`);
+  };
+  if (rel === '' && prefix === '') refuse('must not be empty for a task without outputs_prefix');
+  const bytes = Buffer.byteLength(rel);
+  if (bytes > MAX_REL_PATH_BYTES) refuse(`must be at most ${MAX_REL_PATH_BYTES} bytes, is ${bytes}`);
+  if (/\p{Cc}/u.test(rel)) refuse('must not contain control characters');
+  if (rel.split('/').some((segment) => segment === '.' || segment === '..')) {
+    refuse('must not have "." or ".." segments');
+  }
   return [prefix, rel].filter((part) => part !== '').join('/');
 }
 

@@ -265,6 +265,36 @@ describe('storage ports over a real dispatcher', () => {
     expect((await stored(before!.id)).toString()).toBe('z');
   });
 
+  test('a path that could not be saved is refused by every way to upload, and nothing arrives', async () => {
+    const { output, ...ports } = open();
+    const bytes = Buffer.from('x');
+    const file = join(dir, 'x');
+    await writeFile(file, bytes);
+    for (const path of ['', '/', '../x', 'a/./b', 'a\0b', 'x'.repeat(1025)]) {
+      const attempts = [
+        () => output.putBytes(path, bytes),
+        () => output.putFile(path, file),
+        () => output.putStream(path, ReadableStream.from([bytes])),
+        () => output.openMultipart(path),
+        () => output.putDomainArtifact({ rel_path: path, name: 'n', data_type: 't', content: { bytes } }),
+      ];
+      for (const attempt of attempts) {
+        await expect(attempt()).rejects.toMatchObject({
+          code: 'invalid_argument',
+          message: expect.stringContaining(`artifact path ${JSON.stringify(path)} must`),
+        });
+      }
+    }
+    expect(ports.artifacts()).toEqual([]);
+    expect(await storage.find(domain, {})).toEqual([]);
+  });
+
+  test('the prefix alone is a path', async () => {
+    const ports = open({ prefix: 'out' });
+    await ports.output.putBytes('', Buffer.from('x'));
+    expect(ports.artifacts()).toMatchObject([{ logical_path: 'out', data_type: 'binary' }]);
+  });
+
   test('paths that sanitise to one name are two items', async () => {
     const ports = open();
     await ports.output.putBytes('a/b', Buffer.from('1'));

@@ -5,11 +5,11 @@ export function sanitise(text: string, whenEmpty: string): string {
   return text.replace(/[^A-Za-z0-9_-]/gu, '_') || whenEmpty;
 }
 
-/** `prefix/rel` without doubled slashes where they meet. */
+/** `prefix/rel` without doubled slashes where they meet; an empty half is left out. */
 export function logicalPath(prefix: string | null, relPath: string): string {
   const rel = relPath.replace(/^\/+/, '');
   const head = (prefix ?? '').replace(/^\/+|\/+$/g, '');
-  return head === '' ? rel : `${head}/${rel}`;
+  return [head, rel].filter((part) => part !== '').join('/');
 }
 
 export function artifactName(path: string, taskId: string): string {

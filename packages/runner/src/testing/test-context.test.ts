@@ -252,39 +252,47 @@ describe.each(['memory', 'a folder'])('artifacts in %s', (where) => {
 });
 
 describe('the contract of artifacts', () => {
-  test.each([
-    '',
-    '/',
-    '//',
-    'a//b',
-    'a/',
-    '..',
-    '../a',
-    'a/../b',
-    'a/./b',
-    '.',
-    'a\u0000b',
-    'a\nb',
-    'a\\b',
-    7,
-  ])('the path %j is refused by every method', async (path) => {
-    await using ctx = createTestContext({ task: { outputs_prefix: 'out' } });
-    const at = path as string;
-    for (const attempt of [
-      ctx.output.putBytes(at, utf8('x')),
-      ctx.output.putStream(at, new Blob(['x']).stream() as never),
-      ctx.output.openMultipart(at),
-      ctx.output.putDomainArtifact({
-        rel_path: at,
-        name: 'n',
-        data_type: 't',
-        content: { bytes: utf8('x') },
-      }),
-    ]) {
-      expect(await code(attempt)).toBe('invalid_argument');
+  test('the path of the prefix alone is one, and nothing at all is none', async () => {
+    await using ctx = createTestContext({ task: { outputs_prefix: '/out/' } });
+    await ctx.output.putBytes('/', utf8('x'));
+    expect([...ctx.outputs.keys()]).toEqual(['out']);
+    for (const outputs_prefix of [null, '', '/']) {
+      await using bare = createTestContext({ task: { outputs_prefix } });
+      for (const path of ['', '/']) {
+        expect(await code(bare.output.putBytes(path, utf8('x')))).toBe('invalid_argument');
+      }
     }
-    expect(ctx.outputs.size).toBe(0);
   });
+
+  test('a path has up to 1024 bytes, without the slashes in front and without the prefix', async () => {
+    await using ctx = createTestContext({ task: { outputs_prefix: 'out' } });
+    const longest = 'ä'.repeat(512);
+    await ctx.output.putBytes(`//${longest}`, utf8('x'));
+    expect([...ctx.outputs.keys()]).toEqual([`out/${longest}`]);
+    expect(await code(ctx.output.putBytes(`${longest}x`, utf8('x')))).toBe('invalid_argument');
+  });
+
+  test.each(['a//b', 'a/', '..', '../a', 'a/../b', 'a/./b', '.', 'a\u0000b', 'a\nb', 'a\u009b', 'a\\b', 7])(
+    'the path %j is refused by every method',
+    async (path) => {
+      await using ctx = createTestContext({ task: { outputs_prefix: 'out' } });
+      const at = path as string;
+      for (const attempt of [
+        ctx.output.putBytes(at, utf8('x')),
+        ctx.output.putStream(at, new Blob(['x']).stream() as never),
+        ctx.output.openMultipart(at),
+        ctx.output.putDomainArtifact({
+          rel_path: at,
+          name: 'n',
+          data_type: 't',
+          content: { bytes: utf8('x') },
+        }),
+      ]) {
+        expect(await code(attempt)).toBe('invalid_argument');
+      }
+      expect(ctx.outputs.size).toBe(0);
+    },
+  );
 
   test('an upload takes nothing after it has ended', async () => {
     await using ctx = createTestContext();

@@ -112,6 +112,7 @@ const JOB_ID = '00000000-0000-4000-8000-000000000002';
 const DOMAIN_ID = '00000000-0000-4000-8000-00000000000d';
 const CHUNK_BYTES = 64 * 1024;
 const MAX_NAME_BYTES = 128;
+const MAX_REL_PATH_BYTES = 1024;
 
 /**
  * Makes a context for one attempt.
@@ -691,16 +692,22 @@ class RecordingSink implements ArtifactSink {
   }
 
   #logicalPath(relPath: string): string {
-    const rel = typeof relPath === 'string' ? relPath.replace(/^\/+/, '') : '';
     const reject = (rule: string): never => {
       throw new MillraceError('invalid_argument', `artifact path ${JSON.stringify(relPath)} ${rule}`);
     };
-    if (rel === '') reject('must not be empty');
-    if (/[\u0000-\u001f\u007f\\]/.test(rel)) reject('must not contain control characters or backslashes');
+    if (typeof relPath !== 'string') reject('must be a string');
+    const rel = relPath.replace(/^\/+/, '');
+    const whole = logicalPath(this.#task.outputs_prefix, rel);
+    if (whole === '') reject('must not be empty for a task without outputs_prefix');
+    // As on a node, the prefix alone is a path.
+    if (rel === '') return whole;
+    const bytes = Buffer.byteLength(rel);
+    if (bytes > MAX_REL_PATH_BYTES) reject(`must be at most ${MAX_REL_PATH_BYTES} bytes, is ${bytes}`);
+    if (/[\p{Cc}\\]/u.test(rel)) reject('must not contain control characters or backslashes');
     if (rel.split('/').some((segment) => segment === '' || segment === '.' || segment === '..')) {
       reject('must not have empty, "." or ".." segments');
     }
-    return logicalPath(this.#task.outputs_prefix, rel);
+    return whole;
   }
 }
 
