@@ -166,7 +166,8 @@ export function rewriteModule(module: WasmModule, limits: RewriteLimits): Rewrit
  *
  * V8 looks for interrupts when a function is entered, but in the loops of code that is not optimised yet only after so
  * many bytes of code. For a loop of ordinary instructions that is less than a millisecond; for one that only fills 32 MB
- * again and again it is some ten thousand rounds, measured as more than a minute in which the worker cannot be terminated.
+ * again and again it is some ten thousand rounds: one such loop was still running five seconds after its worker was
+ * terminated, and was given up on.
  * The call costs about a nanosecond.
  */
 function interruptible(

@@ -1,7 +1,6 @@
 -- The dispatcher's database. Times are milliseconds since the Unix epoch; names are the wire's where a wire exists.
 -- There are no foreign keys: the store is the only writer, deletes whole jobs by range, and the checks would cost a
--- look-up per inserted task. Hot tables spell `IN` checks as `OR`: SQLite builds a table for an IN list at every execution,
--- which doubled the time of an update.
+-- look-up per inserted task. Hot tables spell `IN` checks as `OR`: SQLite builds a table for an IN list at every execution.
 
 CREATE TABLE settings (
   name  TEXT PRIMARY KEY,

@@ -174,7 +174,8 @@ export function registerJobRoutes(app: FastifyInstance, context: ServerContext):
 
 /**
  * Resolves when the answers that are ready now are on their way. A commit that adds a job may have given its tasks to nodes
- * that waited; they have work to begin, the requestor only learns an id. In the other order the lease left 0.9 ms later.
+ * that waited; they have work to begin, the requestor only learns an id. In the other order
+ * the lease leaves after the answer to the requestor.
  */
 function afterOthers(): Promise<void> {
   // A tick runs when no microtask is left, and answers are made in microtasks.
