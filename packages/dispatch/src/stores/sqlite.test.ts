@@ -32,14 +32,6 @@ describe('sqlite', () => {
     submitter: 'tester',
   });
 
-  const everything = {
-    domainId: null,
-    status: null,
-    capabilities: [],
-    matchAllCapabilities: false,
-    cursor: null,
-  };
-
   /** Counts the turns in which the store ran; each is one transaction. */
   function countingSchedule(): { schedule: (run: () => void) => void; turns: () => number } {
     let turns = 0;
@@ -64,17 +56,6 @@ describe('sqlite', () => {
     } finally {
       process.umask(before);
     }
-  });
-
-  test('the log has its working size before the first commit, and commits do not make it longer', async () => {
-    await using store = await openSqliteStore({ path });
-    const { size } = statSync(`${path}-wal`);
-    expect(size).toBeGreaterThan(16_000_000);
-    for (let count = 0; count < 50; count += 1) await store.submit([newJob()]);
-    expect(statSync(`${path}-wal`).size).toBe(size);
-    // Nothing of what made it long is in the database.
-    expect(statSync(path).size).toBeLessThan(1_000_000);
-    expect((await store.listJobs({ ...everything, limit: 100 })).items).toHaveLength(50);
   });
 
   test('concurrent calls share a commit', async () => {
