@@ -125,6 +125,9 @@ export interface ListJobsQuery {
   readonly cursor: string | null;
 }
 
+/** A node is online while it holds a lease, and this long after it last asked for work. */
+export const NODE_ONLINE_MS = 60_000;
+
 export interface NewNode {
   readonly name: string;
   readonly mode: NodeMode;
@@ -251,7 +254,12 @@ export interface Store extends AsyncDisposable {
 
   // Nodes and their identity.
   createNode(node: NewNode): Promise<NodeRecord>;
-  /** @throws MillraceError `unauthenticated` wrong id or secret, `already_exists` the wallet belongs to another node. */
+  /** False too when there is no such node, so that ids cannot be probed. */
+  nodeHasSecret(nodeId: string, secretHash: string): Promise<boolean>;
+  /**
+   * @throws MillraceError `unauthenticated` wrong id or secret; `already_exists` the wallet belongs to another node, or the
+   * node is online with another wallet ({@link NODE_ONLINE_MS}).
+   */
   registerNode(registration: NodeRegistration): Promise<NodeRecord>;
   getNode(id: string): Promise<NodeRecord | null>;
   findNodeByWallet(wallet: string): Promise<NodeRecord | null>;

@@ -321,6 +321,21 @@ describe('domain storage client against servers that misbehave', () => {
     expect(await storage.info()).toBeNull();
   });
 
+  test('a known member given twice is data_loss wherever it stands, an unknown one is ignored', async () => {
+    const item =
+      '"id":"i","domain_id":"d","name":"n","data_type":"t","size":1,"created_at":"c","updated_at":"u","x":1,"x":2';
+    const found = { id: 'i', domain_id: 'd', name: 'n', data_type: 't', size: 1 };
+    answer = (response) => void response.end(`{"data":[{${item}}],"y":1,"y":2}`);
+    expect(await storage.find('d', {})).toMatchObject([found]);
+    for (const body of [`{"data":[{${item},"size":2}]}`, `{"data":[{${item}}],"data":[]}`]) {
+      answer = (response) => void response.end(body);
+      expect(await failure(storage.find('d', {}))).toMatchObject({
+        code: 'data_loss',
+        message: expect.stringContaining('must be given once, got it twice'),
+      });
+    }
+  });
+
   test('a download in another content type, without parts, or cut off, is an error', async () => {
     answer = (response) => void response.writeHead(200, { 'content-type': 'application/json' }).end('{}');
     expect(await failure(downloaded(storage, 'd', ['i']))).toMatchObject({

@@ -454,8 +454,20 @@ function statusText(status: number): string {
 
 async function jsonOf(response: HttpResponse, what: string): Promise<unknown> {
   if (!isSuccess(response.status)) throw await failure(response, what);
-  return response.json(LIST_BYTES);
+  const text = await response.text(LIST_BYTES);
+  return decoded(what, () => {
+    const value = decode.parseJson(text, 'answer');
+    // An item is at most the third level: the answer, its list, the item. Posemesh protocol, section 0.4.
+    for (const { key, repeated } of decode.membersInText(text, 3)) {
+      if (repeated && KNOWN_MEMBERS.has(key)) {
+        throw new MillraceError('invalid_argument', `${key} must be given once, got it twice`);
+      }
+    }
+    return value;
+  });
 }
+
+const KNOWN_MEMBERS = new Set([...Object.keys(ITEM), 'data', 'upload', 'upload_id', 'part_size', 'etag']);
 
 /** Answers that are not of the agreed form are the server's fault, not the caller's. */
 function decoded<T>(what: string, read: () => T): T {

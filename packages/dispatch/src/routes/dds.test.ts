@@ -154,6 +154,28 @@ describe('registration', () => {
     }
   });
 
+  test('the secret is judged before the signature is recovered', async () => {
+    const { id } = await server.addNode();
+    const answer = await register({
+      registration_credentials: base64(`${id}:wrong-secret`),
+      signature: `0x${'ff'.repeat(65)}`,
+    });
+    expect(answer.status).toBe(401);
+    expect(answer.text).toContain('registration secret');
+  });
+
+  test('another wallet for a node that is online is 409, and the node goes on', async () => {
+    const node = await server.joinNode();
+    expect((await server.call('GET', '/v1/tasks', { token: node.token })).status).toBe(204);
+    await expect.poll(async () => (await server.store.getNode(node.id))?.last_seen_at).not.toBeNull();
+    const answer = await register({ registration_credentials: node.credentials }, generatePrivateKeyHex());
+    expect(answer.status).toBe(409);
+    expect(answer.text).toContain('online with another wallet');
+    expect((await server.call('GET', '/v1/tasks', { token: node.token })).status).toBe(204);
+    const same = await register({ registration_credentials: node.credentials }, node.privateKey);
+    expect(same.status).toBe(200);
+  });
+
   test('a wallet that belongs to another node is 409', async () => {
     const privateKey = generatePrivateKeyHex();
     expect((await register({}, privateKey)).status).toBe(200);

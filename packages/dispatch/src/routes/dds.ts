@@ -144,11 +144,12 @@ export function registerDdsRoutes(app: FastifyInstance, context: ServerContext):
       const { nodeId, secret } = parseCredentials(body.registration_credentials);
       const message = parseSiweMessage(body.message);
       await consumeNonce(message);
-      if ((await store.getNode(nodeId)) === null) throw wrongCredentials(nodeId);
+      const secretHash = hashSecret(secret);
+      if (!(await store.nodeHasSecret(nodeId, secretHash))) throw wrongCredentials(nodeId);
       verifySignature(message, body);
       await store.registerNode({
         nodeId,
-        secretHash: hashSecret(secret),
+        secretHash,
         wallet: message.address,
         capabilities: [...new Set(body.capabilities)],
         labels: body.labels ?? {},

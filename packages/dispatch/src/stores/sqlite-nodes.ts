@@ -8,6 +8,7 @@ import { timingSafeEqual } from 'node:crypto';
 import { MillraceError } from '@millrace/runner';
 import type { Clock, JsonObject } from '@millrace/runner';
 import type { NodeMode, NodeRecord } from '../records.ts';
+import { NODE_ONLINE_MS } from '../store.ts';
 import type { NewNode, NodeRegistration, Nonce } from '../store.ts';
 import type { Database, Row, Statement } from './sqlite-database.ts';
 import type { Offer } from './matching.ts';
@@ -131,12 +132,17 @@ export class Nodes {
     return this.#record(created);
   }
 
+  hasSecret(nodeId: string, secretHash: string): boolean {
+    const node = this.#nodes.get(nodeId);
+    return node !== undefined && sameText(node.secretHash, secretHash);
+  }
+
   /** @throws MillraceError `unauthenticated`, `already_exists`, `invalid_argument` */
   register(registration: NodeRegistration): NodeRecord {
     const { nodeId, capabilities, labels, version } = registration;
     const node = this.#nodes.get(nodeId);
     // One answer for both, so that ids cannot be probed.
-    if (!node || !sameText(node.secretHash, registration.secretHash)) {
+    if (!node || !this.hasSecret(nodeId, registration.secretHash)) {
       throw new MillraceError(
         'unauthenticated',
         `node id ${nodeId} and its registration secret do not match`,
@@ -148,6 +154,12 @@ export class Nodes {
       throw new MillraceError(
         'already_exists',
         `wallet ${wallet} belongs to another node; use a key per node`,
+      );
+    }
+    if (node.wallet !== null && node.wallet !== wallet && this.#online(node)) {
+      throw new MillraceError(
+        'already_exists',
+        `node ${nodeId} is online with another wallet; stop that node first, or make credentials for this one`,
       );
     }
     const maxConcurrency = registration.maxConcurrency ?? 1;
@@ -231,6 +243,11 @@ export class Nodes {
     const value = create();
     this.#insertSetting.run(name, JSON.stringify(value));
     return value;
+  }
+
+  #online(node: Node): boolean {
+    const seen = node.lastSeenAt ?? -Infinity;
+    return this.#activeLeases(node.id) > 0 || this.#clock.now() - seen < NODE_ONLINE_MS;
   }
 
   #keep(node: Node): void {

@@ -207,6 +207,10 @@ class SqliteStore implements Store {
     return this.#group.run(1, () => this.#nodes.create(node));
   }
 
+  nodeHasSecret(nodeId: string, secretHash: string): Promise<boolean> {
+    return this.#read(() => this.#nodes.hasSecret(nodeId, secretHash));
+  }
+
   registerNode(registration: NodeRegistration): Promise<NodeRecord> {
     return this.#group.run(1, () => this.#nodes.register(registration));
   }

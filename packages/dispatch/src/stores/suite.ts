@@ -1610,6 +1610,53 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
         expect((await store.getNode(id))?.registered_at).toBeNull();
       });
 
+      test("a secret is the node's own or it is not, and an unknown node has none", async () => {
+        const { id } = await store.createNode({
+          name: 'n',
+          mode: 'public',
+          organizationId: ORG,
+          secretHash: SECRET,
+        });
+        expect(await store.nodeHasSecret(id, SECRET)).toBe(true);
+        expect(await store.nodeHasSecret(id, 'b'.repeat(64))).toBe(false);
+        expect(await store.nodeHasSecret(id, SECRET.slice(1))).toBe(false);
+        expect(await store.nodeHasSecret(UNKNOWN, SECRET)).toBe(false);
+      });
+
+      test('another wallet is refused while the node is online: 60 s after it asked, or while it holds a lease', async () => {
+        const { id } = await store.createNode({
+          name: 'n',
+          mode: 'public',
+          organizationId: ORG,
+          secretHash: SECRET,
+        });
+        const registration = {
+          nodeId: id,
+          secretHash: SECRET,
+          wallet: '0xa1',
+          capabilities: [CAPABILITY],
+          labels: {},
+          version: '1.0.0',
+          maxConcurrency: 1,
+        };
+        await store.registerNode(registration);
+        await store.touchNode(id);
+        wait(59_999);
+        expect(await codeOfRejection(store.registerNode({ ...registration, wallet: '0xa2' }))).toBe(
+          'already_exists',
+        );
+        // Its own wallet is welcome at any time, in whatever letter case.
+        expect((await store.registerNode({ ...registration, wallet: '0xA1' })).wallet).toBe('0xa1');
+        wait(1);
+        expect((await store.registerNode({ ...registration, wallet: '0xa2' })).wallet).toBe('0xa2');
+        await scene.submit([{ label: 't' }]);
+        await scene.take(id);
+        expect(await codeOfRejection(store.registerNode({ ...registration, wallet: '0xa3' }))).toBe(
+          'already_exists',
+        );
+        expect((await store.getNode(id))?.wallet).toBe('0xa2');
+      });
+
       test('being seen is noted, but not at every poll', async () => {
         const node = await scene.node();
         await store.touchNode(node);
