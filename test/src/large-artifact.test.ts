@@ -13,7 +13,6 @@ import {
   temporaryFolder,
   type Program,
 } from './system.ts';
-import { uploadInput } from './upload.ts';
 
 const COPY = fileURLToPath(new URL('./runners/copy.js', import.meta.url));
 const MIB = 1024 * 1024;
@@ -36,7 +35,7 @@ function bytesOf(size: number): { stream: AsyncIterable<Uint8Array>; digest(): s
 /** Sends `size` bytes through a task and checks that the same ones come out. */
 async function throughATask(client: Requestor, name: string, size: number): Promise<void> {
   const bytes = bytesOf(size);
-  const cid = await uploadInput(client, name, size, bytes.stream);
+  const cid = await client.upload(bytes.stream, { name });
   const id = await client.submit({
     tasks: [{ capability: '/test/copy/v1', inputs_cids: [cid], max_attempts: 1 }],
   });

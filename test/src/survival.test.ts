@@ -22,7 +22,6 @@ import {
   type Program,
   type RunningDispatcher,
 } from './system.ts';
-import { uploadInput } from './upload.ts';
 
 const RUNNERS = ['prepare', 'tile', 'stitch'].map((name) =>
   fileURLToPath(import.meta.resolve(`@millrace-examples/world-map/runners/${name}`)),
@@ -62,12 +61,8 @@ async function openScene(): Promise<Scene> {
 
 async function submitMap(client: Requestor): Promise<string> {
   const atlas = await readFile(ATLAS);
-  const id = await uploadInput(client, 'atlas', atlas.length, once(atlas));
+  const id = await client.upload(atlas, { name: 'atlas' });
   return await client.submit(buildJob(PLAN, { atlas: id, overlay: null }));
-}
-
-async function* once(bytes: Uint8Array): AsyncGenerator<Uint8Array> {
-  yield bytes;
 }
 
 /** Follows a job to its end; `onEvent` may act in between. */

@@ -129,12 +129,9 @@ async function main({ plan, nodes, out, file }: Options, interrupts: Interrupts)
       const atlas = await readFile(fileURLToPath(import.meta.resolve(`world-atlas/${name}`)));
       const { domainId } = await requestor.health({ signal });
       const upload = async (dataName: string, bytes: Uint8Array): Promise<string> => {
-        const item = await requestor.storage.put(domainId, { name: dataName, dataType: 'json' }, bytes, {
-          signal,
-        });
-        if (!item) throw new MillraceError('data_loss', `the dispatcher gave no id for ${dataName}`);
+        const id = await requestor.upload(bytes, { name: dataName, dataType: 'json', signal });
         say(`uploaded ${dataName}, ${bytes.length} bytes`);
-        return item.id;
+        return id;
       };
       const inputs = {
         atlas: await upload(`atlas-${name.replaceAll('.', '-')}`, atlas),

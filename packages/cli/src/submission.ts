@@ -35,10 +35,7 @@ export async function submitWithInputs(
         noted = io.now();
         io.stderr.write(`uploading ${oneLine(reference)}: ${formatBytes(total)}\n`);
       };
-      ids.set(
-        reference,
-        await uploadInput(source, io.stdin, { storage: requestor.storage, domainId, signal, onBytes }),
-      );
+      ids.set(reference, await uploadInput(source, io.stdin, { requestor, domainId, signal, onBytes }));
     }
     job = { ...replaceInputs(job, ids), domain_id: domainId };
   }

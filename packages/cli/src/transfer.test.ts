@@ -7,14 +7,7 @@ import { Readable } from 'node:stream';
 import { openDispatcher, openFileBlobs, openSqliteStore } from '@millrace/dispatch';
 import { connect, type Requestor } from '@millrace/dispatch/client';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import {
-  dataTypeOf,
-  safeRelativePath,
-  saveArtifacts,
-  uniqueDataName,
-  uploadInput,
-  uploadStream,
-} from './transfer.ts';
+import { dataTypeOf, safeRelativePath, saveArtifacts, uniqueDataName, uploadInput } from './transfer.ts';
 
 let root: string;
 let requestor: Requestor;
@@ -39,7 +32,8 @@ afterAll(async () => {
 });
 
 const signal = new AbortController().signal;
-const to = () => ({ storage: requestor.storage, domainId, signal });
+const to = () => ({ requestor, domainId, signal });
+const from = () => ({ storage: requestor.storage, domainId, signal });
 const sha256 = (bytes: Uint8Array): string => `sha256:${createHash('sha256').update(bytes).digest('hex')}`;
 
 /** `bytes` in chunks that fit no block size. */
@@ -54,9 +48,9 @@ describe('an upload', () => {
     'of %d bytes comes back as it was',
     async (size) => {
       const bytes = randomBytes(size);
-      const id = await uploadStream(chunked(bytes), uniqueDataName('a.bin'), 'bin_data', to());
+      const id = await requestor.upload(chunked(bytes), { name: uniqueDataName('a.bin') });
       const out = path.join(root, `out-${size}`);
-      const { saved } = await saveArtifacts([{ path: 'deep/er/a.bin', id, taskId: 't' }], out, to());
+      const { saved } = await saveArtifacts([{ path: 'deep/er/a.bin', id, taskId: 't' }], out, from());
       expect(saved[0]).toMatchObject({ size, digest: sha256(bytes), file: path.join(out, 'deep/er/a.bin') });
       expect((await readFile(path.join(out, 'deep/er/a.bin'))).equals(bytes)).toBe(true);
       expect(await readdir(path.join(out, 'deep/er'))).toEqual(['a.bin']);
@@ -98,10 +92,7 @@ describe('an upload', () => {
     'of %d bytes that are not what was announced is refused and not kept',
     async (size) => {
       const name = uniqueDataName('changed.bin');
-      const upload = uploadStream(chunked(randomBytes(size)), name, 'bin_data', {
-        ...to(),
-        sha256: '0'.repeat(64),
-      });
+      const upload = requestor.upload(chunked(randomBytes(size)), { name, sha256: '0'.repeat(64) });
       await expect(upload).rejects.toMatchObject({ code: 'failed_precondition' });
       expect(await requestor.storage.find(domainId, { name })).toEqual([]);
     },
@@ -120,7 +111,7 @@ describe('an upload', () => {
 
 describe('saving artifacts', () => {
   const put = (text: string): Promise<string> =>
-    uploadStream(chunked(Buffer.from(text)), uniqueDataName('a.txt'), 'txt_data', to());
+    requestor.upload(chunked(Buffer.from(text)), { name: uniqueDataName('a.txt') });
 
   test('writes nothing when one path is refused', async () => {
     const id = await put('x');
@@ -129,7 +120,7 @@ describe('saving artifacts', () => {
       { path: 'fine.txt', id, taskId: 't' },
       { path: 'a/../../evil.txt', id, taskId: 't' },
     ];
-    await expect(saveArtifacts(artifacts, out, to())).rejects.toThrow(
+    await expect(saveArtifacts(artifacts, out, from())).rejects.toThrow(
       /"a\/..\/..\/evil.txt" is refused: it contains ".."/,
     );
     await expect(readdir(out)).rejects.toThrow(/ENOENT/);
@@ -143,7 +134,7 @@ describe('saving artifacts', () => {
     );
     for (const order of [artifacts, artifacts.slice(0, 4).toReversed().concat(artifacts.slice(4))]) {
       await rm(out, { recursive: true, force: true });
-      const { saved, skipped } = await saveArtifacts(order, out, to());
+      const { saved, skipped } = await saveArtifacts(order, out, from());
       expect(saved.map((each) => each.path).toSorted()).toEqual(['f/x', 'f/y/z', 'g']);
       expect(await readFile(path.join(out, 'f/x'), 'utf8')).toBe('f/x');
       expect(await readFile(path.join(out, 'g'), 'utf8')).toBe('g');
@@ -164,7 +155,7 @@ describe('saving artifacts', () => {
     await mkdir(outside);
     await symlink(outside, path.join(out, 'way'));
     const artifacts = [{ path: 'way/deeper/evil.txt', id: await put('x'), taskId: 't' }];
-    await expect(saveArtifacts(artifacts, out, to())).rejects.toThrow(
+    await expect(saveArtifacts(artifacts, out, from())).rejects.toThrow(
       /is a link that leaves the output folder/,
     );
     expect(await readdir(outside)).toEqual([]);
@@ -176,7 +167,7 @@ describe('saving artifacts', () => {
     await mkdir(out);
     await writeFile(kept, 'mine');
     await symlink(kept, path.join(out, 'a.txt'));
-    await saveArtifacts([{ path: 'a.txt', id: await put('theirs'), taskId: 't' }], out, to());
+    await saveArtifacts([{ path: 'a.txt', id: await put('theirs'), taskId: 't' }], out, from());
     expect(await readFile(path.join(out, 'a.txt'), 'utf8')).toBe('theirs');
     expect(await readFile(kept, 'utf8')).toBe('mine');
   });
@@ -184,7 +175,7 @@ describe('saving artifacts', () => {
   test('of something that is gone says so and leaves no piece behind', async () => {
     const out = path.join(root, 'gone');
     const id = '00000000-0000-4000-8000-000000000000';
-    await expect(saveArtifacts([{ path: 'a.txt', id, taskId: 't' }], out, to())).rejects.toMatchObject({
+    await expect(saveArtifacts([{ path: 'a.txt', id, taskId: 't' }], out, from())).rejects.toMatchObject({
       code: 'not_found',
     });
     expect(await readdir(out)).toEqual([]);

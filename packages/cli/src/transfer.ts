@@ -2,27 +2,21 @@
  * Inputs up, artifacts down. Streams both ways with retries: memory holds one part of an upload at most, and a download
  * that breaks goes on where it was. Bytes are checked against their digest before a file gets its name.
  */
-import { createHash, randomBytes, randomUUID, type Hash } from 'node:crypto';
+import { createHash, randomBytes, randomUUID } from 'node:crypto';
 import { createReadStream } from 'node:fs';
 import { mkdir, open, realpath, rename, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { addAbortSignal, type Readable } from 'node:stream';
-import type { DomainStorage } from '@millrace/dispatch/client';
-import { MillraceError, sleep, systemClock, type ByteStream } from '@millrace/runner';
+import { retrying, type DomainStorage, type Requestor } from '@millrace/dispatch/client';
+import { MillraceError } from '@millrace/runner';
 import { checkFolder, makeFolders } from './folders.ts';
 import type { InputSource } from './job-file.ts';
 import { oneLine } from './text-width.ts';
 
-const MAX_TRIES = 5;
-/** Uploads up to this size go in one request. */
-const SINGLE_UPLOAD_BYTES = 8 * 1024 * 1024;
-
 export interface UploadTo {
-  readonly storage: DomainStorage;
+  readonly requestor: Pick<Requestor, 'upload' | 'storage'>;
   readonly domainId: string;
   readonly signal: AbortSignal;
-  /** Hex. The bytes must be these, else nothing is kept. */
-  readonly sha256?: string;
   /** Called as bytes were accepted, with the total so far. */
   readonly onBytes?: (total: number) => void;
 }
@@ -37,19 +31,28 @@ export interface UploadTo {
  */
 export async function uploadInput(source: InputSource, stdin: Readable, to: UploadTo): Promise<string> {
   if (source.kind === 'stdin') return await sendStream(stdin, 'stdin', uniqueDataName('stdin'), to);
-  const { storage, domainId, signal } = to;
+  const { requestor, domainId, signal } = to;
   const { digest, size } = await hashFile(source.path, signal);
   const base = path.basename(source.path);
   const name = dataName(base, digest.slice(0, 32));
   const find = async (): Promise<string | null> => {
-    const found = await retrying(signal, () => storage.find(domainId, { name }, { signal }));
+    const found = await retrying(signal, () => requestor.storage.find(domainId, { name }, { signal }));
     return found.find((item) => item.size === size)?.id ?? null;
   };
   const there = await find();
   if (there !== null) return there;
   try {
-    return await sendStream(openFile(source.path), base, name, { ...to, sha256: digest });
+    return await sendStream(openFile(source.path), base, name, to, digest);
   } catch (error) {
+    if (MillraceError.is(error) && error.code === 'failed_precondition') {
+      throw new MillraceError(
+        'failed_precondition',
+        `the input ${base} changed while it was uploaded; try again`,
+        {
+          cause: error,
+        },
+      );
+    }
     // Somebody else sent the same bytes meanwhile.
     const theirs = MillraceError.is(error) && error.details['status'] === 409 ? await find() : null;
     if (theirs === null) throw error;
@@ -75,109 +78,25 @@ async function hashFile(
   return { digest: hash.digest('hex'), size };
 }
 
-/** {@link uploadStream} of a Node stream, for which waiting for the next chunk of a silent pipe ends with the signal too. */
-async function sendStream(stream: Readable, from: string, name: string, to: UploadTo): Promise<string> {
+/** Waiting for the next chunk of a silent pipe ends with the signal too. */
+async function sendStream(
+  stream: Readable,
+  from: string,
+  name: string,
+  { requestor, onBytes, ...to }: UploadTo,
+  sha256?: string,
+): Promise<string> {
   try {
-    return await uploadStream(addAbortSignal(to.signal, stream), name, dataTypeOf(from), to);
+    return await requestor.upload(addAbortSignal(to.signal, stream), {
+      ...to,
+      name,
+      dataType: dataTypeOf(from),
+      ...(onBytes !== undefined && { onBytes }),
+      ...(sha256 !== undefined && { sha256 }),
+    });
   } catch (error) {
     throw to.signal.aborted ? to.signal.reason : error;
   }
-}
-
-/** Uploads a stream of any length as a new data item and resolves with its id. */
-export async function uploadStream(
-  bytes: ByteStream,
-  name: string,
-  dataType: string,
-  to: UploadTo,
-): Promise<string> {
-  const { storage, domainId, signal, onBytes } = to;
-  const hash = createHash('sha256');
-  const checkContent = (): void => {
-    if (to.sha256 === undefined || hash.digest('hex') === to.sha256) return;
-    throw new MillraceError(
-      'failed_precondition',
-      `the input ${name} changed while it was uploaded; try again`,
-    );
-  };
-  const parts = blocks(bytes, SINGLE_UPLOAD_BYTES, hash);
-  const first = (await parts.next()).value ?? new Uint8Array();
-  const second = await parts.next();
-  if (!second.done)
-    return await uploadParts(rejoin(first, second.value, parts), name, dataType, to, checkContent);
-  checkContent();
-  const item = await retrying(signal, async (attempt) => {
-    // The answer to an earlier try may have been lost on its way; the name is unique, so it tells.
-    const there = attempt === 0 ? null : (await storage.find(domainId, { name }, { signal }))[0];
-    return there ?? (await storage.put(domainId, { name, dataType }, first, { signal }));
-  });
-  if (item === null) {
-    throw new MillraceError('data_loss', `the dispatcher gave no id for the upload of ${name}`);
-  }
-  onBytes?.(first.length);
-  return item.id;
-}
-
-async function uploadParts(
-  bytes: ByteStream,
-  name: string,
-  dataType: string,
-  { storage, domainId, signal, onBytes }: UploadTo,
-  checkContent: () => void,
-): Promise<string> {
-  const upload = await retrying(signal, () =>
-    storage.startUpload({ domainId, name, dataType, size: null, existingId: null }, { signal }),
-  );
-  try {
-    const parts: { part_number: number; etag: string }[] = [];
-    let total = 0;
-    for await (const block of blocks(bytes, upload.partSize)) {
-      const number = parts.length + 1;
-      const etag = await retrying(signal, () =>
-        storage.putPart(domainId, upload.uploadId, number, block, block.length, { signal }),
-      );
-      parts.push({ part_number: number, etag });
-      total += block.length;
-      onBytes?.(total);
-    }
-    checkContent();
-    return await retrying(signal, () => storage.finishUpload(domainId, upload.uploadId, parts, { signal }));
-  } catch (error) {
-    await storage.abortUpload(domainId, upload.uploadId);
-    throw error;
-  }
-}
-
-/** The stream in blocks of exactly `size` bytes, the last one shorter; `hash` sees all of it. */
-async function* blocks(bytes: ByteStream, size: number, hash?: Hash): AsyncGenerator<Uint8Array> {
-  let held: Uint8Array[] = [];
-  let length = 0;
-  for await (const chunk of bytes) {
-    hash?.update(chunk);
-    let rest = chunk;
-    while (length + rest.length >= size) {
-      const taken = rest.subarray(0, size - length);
-      yield Buffer.concat([...held, taken]);
-      held = [];
-      length = 0;
-      rest = rest.subarray(taken.length);
-    }
-    if (rest.length > 0) {
-      held.push(rest);
-      length += rest.length;
-    }
-  }
-  if (length > 0) yield Buffer.concat(held);
-}
-
-async function* rejoin(
-  first: Uint8Array,
-  second: Uint8Array,
-  rest: AsyncGenerator<Uint8Array>,
-): AsyncGenerator<Uint8Array> {
-  yield first;
-  yield second;
-  yield* rest;
 }
 
 /** An artifact of a job, as its task reported it. */
@@ -410,23 +329,6 @@ function writeError(file: string, error: unknown): MillraceError {
   return new MillraceError('failed_precondition', `cannot write ${file}; choose another folder with --out`, {
     cause: error,
   });
-}
-
-/** Tries again what may succeed, with growing pauses; everything else is thrown at once. */
-async function retrying<T>(signal: AbortSignal, work: (attempt: number) => Promise<T>): Promise<T> {
-  for (let attempt = 0; ; attempt += 1) {
-    try {
-      return await work(attempt);
-    } catch (error) {
-      if (!MillraceError.is(error) || !error.retryable || attempt + 1 >= MAX_TRIES) throw error;
-      const told = error.details['retry_after_ms'];
-      await sleep(
-        systemClock,
-        typeof told === 'number' ? Math.min(told, 30_000) : 200 * 2 ** attempt,
-        signal,
-      );
-    }
-  }
 }
 
 /** A name that nothing else has. */

@@ -1,7 +1,14 @@
 /** The requestor's side over HTTP: jobs, events, nodes, and storage under the same token. */
 import type { Readable } from 'node:stream';
 import { randomUUID } from 'node:crypto';
-import { ERROR_CODES, MillraceError, sleep, systemClock, type ErrorCode } from '@millrace/runner';
+import {
+  ERROR_CODES,
+  MillraceError,
+  sleep,
+  systemClock,
+  type ByteStream,
+  type ErrorCode,
+} from '@millrace/runner';
 import { members, object, string } from '@millrace/runner/decode';
 import type { BusyNode, JobDetail, JobEvent, JobStatus, NodeMode, NodeRecord } from '../records.ts';
 import type { CallOptions } from './dms.ts';
@@ -9,6 +16,7 @@ import type { DomainStorage } from './domain.ts';
 import { openDomainStorage } from './http-domain.ts';
 import { HttpOrigin, codeOfStatus, previewBody, transportError, type HttpResponse } from './http.ts';
 import type { JobSubmission, JobsPage, Requestor, RequestorOptions } from './requestor.ts';
+import { uploadStream, type UploadOptions } from './upload.ts';
 
 /** A job of 10,000 tasks is about 10 MiB. */
 const MAX_ANSWER_BYTES = 256 * 1024 * 1024;
@@ -216,6 +224,18 @@ class HttpRequestor implements Requestor, AsyncDisposable {
       'answer',
     );
     return { version, domainId: domain_id };
+  }
+
+  async upload(
+    bytes: ByteStream | Uint8Array,
+    { domainId, ...options }: UploadOptions & { readonly domainId?: string },
+  ): Promise<string> {
+    return await uploadStream(
+      this.storage,
+      domainId ?? (await this.health(options)).domainId,
+      bytes,
+      options,
+    );
   }
 
   async close(): Promise<void> {

@@ -25,6 +25,8 @@ export type {
   UploadTarget,
 } from './domain.ts';
 export type { JobSubmission, JobsPage, Requestor, RequestorOptions, TaskDraft } from './requestor.ts';
+export { retrying } from './retrying.ts';
+export type { UploadOptions } from './upload.ts';
 export { HttpDms, openHttpDms } from './http-dms.ts';
 export type { HttpDmsOptions } from './http-dms.ts';
 export { connect } from './http-requestor.ts';

@@ -1,5 +1,5 @@
 /** The requestor's side: submit jobs, watch them, fetch artifacts, make node credentials. */
-import type { JsonObject } from '@millrace/runner';
+import type { ByteStream, JsonObject } from '@millrace/runner';
 import type {
   BusyNode,
   JobDetail,
@@ -12,6 +12,7 @@ import type {
 } from '../records.ts';
 import type { CallOptions } from './dms.ts';
 import type { DomainStorage } from './domain.ts';
+import type { UploadOptions } from './upload.ts';
 
 /** A job file: the posemesh job spec with everything optional that has a default. */
 export interface JobSubmission {
@@ -84,6 +85,16 @@ export interface Requestor {
   }>;
   /** Throws `unavailable` when the dispatcher does not answer. */
   health(options?: CallOptions): Promise<{ readonly version: string; readonly domainId: string }>;
+  /**
+   * Sends bytes, or a stream of any length, as a new data item of `domainId` (default: the dispatcher's own domain) and resolves with its
+   * id, for `inputs_cids`. What may succeed is tried again; memory holds one part at most.
+   *
+   * @throws MillraceError `failed_precondition` when the bytes are not those of `sha256`; `already_exists` for a taken name
+   */
+  upload(
+    bytes: ByteStream | Uint8Array,
+    options: UploadOptions & { readonly domainId?: string },
+  ): Promise<string>;
   /** Storage as this requestor, for inputs and artifacts. */
   readonly storage: DomainStorage;
   close(): Promise<void>;
