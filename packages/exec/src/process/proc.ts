@@ -108,16 +108,31 @@ export function childrenOf(pid: number): number[] {
   }
 }
 
-/** This process, its parent, and so on up to the first. An orphan is adopted by one of the last ones. */
-export function ancestry(): number[] {
+/**
+ * The orphans a process has adopted are among these: the kernel gives them to the first thread of the adopter that is not
+ * ending, which is its main thread for as long as that lives.
+ */
+export function adoptedBy(pid: number): number[] {
+  if (!LISTS_CHILDREN) return childrenOf(pid);
+  const listed = readProc(pid, `task/${pid}/children`);
+  if (listed === null || (readStat(pid)?.state ?? 'X') === 'Z') return childrenOf(pid);
+  return listed.split(' ').flatMap((text) => (text === '' ? [] : [Number(text)]));
+}
+
+let known: { readonly parent: number; readonly chain: readonly number[] } | null = null;
+
+/**
+ * This process, its parent, and so on up to the first. An orphan is adopted by one of the last ones. Looked up again when the
+ * parent is another: when one further up ends, those below it go to one that is in the chain already.
+ */
+export function ancestry(): readonly number[] {
+  const { ppid } = process;
+  if (known?.parent === ppid) return known.chain;
   const chain = [process.pid];
-  for (
-    let parent = process.ppid;
-    parent > 0 && !chain.includes(parent);
-    parent = readStat(parent)?.parent ?? 0
-  ) {
+  for (let parent = ppid; parent > 0 && !chain.includes(parent); parent = readStat(parent)?.parent ?? 0) {
     chain.push(parent);
   }
+  known = { parent: ppid, chain };
   return chain;
 }
 

@@ -8,6 +8,7 @@
  */
 import { MillraceError, sleep, type Clock } from '@millrace/runner';
 import {
+  adoptedBy,
   ancestry,
   childrenOf,
   isDead,
@@ -80,7 +81,7 @@ export class ProcessTree {
     const chain = ancestry();
     // Adopted by this process: only if it is the first of its pid namespace, as in a container.
     for (const adopter of process.pid === 1 ? chain : chain.slice(1)) {
-      for (const pid of childrenOf(adopter)) {
+      for (const pid of adoptedBy(adopter)) {
         if (this.#known.has(pid) || chain.includes(pid)) continue;
         const stat = readStat(pid);
         if (stat === null || isDead(stat) || this.#isOlder(stat)) continue;

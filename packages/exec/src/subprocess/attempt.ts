@@ -46,7 +46,7 @@ import { placeInputs } from './inputs.ts';
 import type { SubprocessLimits } from './limits.ts';
 import { OutputLines } from './output-lines.ts';
 import { collectOutputs, type OutputPattern } from './outputs.ts';
-import { createTaskFolder, removeFolder } from './task-folder.ts';
+import { createTaskFolder, removeTaskFolder } from './task-folder.ts';
 
 /** What a task comes to, everything checked. */
 export interface AttemptPlan {
@@ -114,7 +114,7 @@ export async function runAttempt(ctx: TaskContext, plan: AttemptPlan, world: Att
     await ctx.ctrl.logEvent(usageEvent(usage)).catch((error: unknown) => {
       world.log?.warn('usage of a task could not be reported', { error: describeError(error) });
     });
-    if (folders !== null) await removeFolder(folders.root, world.log);
+    if (folders !== null) await removeTaskFolder(folders, world.log);
   }
 }
 
