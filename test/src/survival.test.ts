@@ -59,9 +59,13 @@ async function openScene(): Promise<Scene> {
   return scene;
 }
 
+let maps = 0;
+
 async function submitMap(client: Requestor): Promise<string> {
   const atlas = await readFile(ATLAS);
-  const id = await client.upload(atlas, { name: 'atlas' });
+  // Names are unique in a domain, and each map brings its own.
+  maps += 1;
+  const id = await client.upload(atlas, { name: `atlas-${maps}` });
   return await client.submit(buildJob(PLAN, { atlas: id, overlay: null }));
 }
 
