@@ -95,6 +95,12 @@ export interface ControlPlane {
    * 64 KiB each by default) are dropped, counted, and the count is reported as an event.
    */
   logEvent(value: Json): Promise<void>;
+  /**
+   * What the attempt used, told by runners that measure the work of others: `cpu_ms`, `cpu_user_ms`, `cpu_system_ms`,
+   * `peak_memory_bytes`, `bytes_in`, `bytes_out`, `fuel_used`, `exit_code`, `signal`, `sandbox`, `container`, each absent or
+   * null where it is not known. It is reported with the ending; the last one counts. Absent where nobody asks.
+   */
+  usage?(value: JsonObject): Promise<void>;
 }
 
 export interface AccessTokenProvider {

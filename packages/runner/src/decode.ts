@@ -14,6 +14,7 @@
 import { MillraceError } from './errors.ts';
 import type { Json } from './json.ts';
 import type { LeaseEnvelope, TaskSpec } from './lease.ts';
+import { isTraceparent } from './trace.ts';
 
 /** A JSON object from outside. */
 export type RawObject = Readonly<Record<string, unknown>>;
@@ -56,6 +57,10 @@ export const object: Decoder<RawObject> = (value, path) =>
 
 /** Any JSON; absent is null. */
 export const json: Decoder<Json> = (value) => (value === undefined ? null : (value as Json));
+
+/** Any finite number. */
+export const number: Decoder<number> = (value, path) =>
+  typeof value === 'number' && Number.isFinite(value) ? value : fail(path, 'a number', show(value));
 
 /** An integer that JavaScript can hold exactly. */
 export const integer: Decoder<number> = (value, path) =>
@@ -171,7 +176,12 @@ const LEASE: { readonly [K in keyof LeaseEnvelope]: Decoder<LeaseEnvelope[K]> } 
 };
 
 /** @throws MillraceError `invalid_argument` naming the member, the rule and the value. */
-export const parseLease = (value: unknown, path = 'lease'): LeaseEnvelope => members(LEASE, value, path);
+export const parseLease = (value: unknown, path = 'lease'): LeaseEnvelope => {
+  const lease = members(LEASE, value, path);
+  // A trace that cannot be read is as good as none, and no reason to refuse the work.
+  const { traceparent } = value as RawObject;
+  return isTraceparent(traceparent) ? { ...lease, traceparent } : lease;
+};
 
 /** The members that are integers on this wire, where `1.0` is refused although JavaScript reads it as 1. */
 const INTEGERS: ReadonlySet<string> = new Set([

@@ -20,5 +20,7 @@ export type {
   TaskContext,
 } from './context.ts';
 export { materializedInput } from './materialized-input.ts';
-export { MAX_CAPABILITY_BYTES, checkCapability, defineRunner } from './runner.ts';
-export type { Runner } from './runner.ts';
+export { MAX_CAPABILITY_BYTES, RUNNER_TYPES, checkCapability, defineRunner } from './runner.ts';
+export type { Runner, RunnerHost, RunnerType } from './runner.ts';
+export { NO_TRACES, isTraceparent, parseTraceparent } from './trace.ts';
+export type { Span, SpanKind, SpanOptions, TraceAttributes, TraceContext, Tracer } from './trace.ts';

@@ -51,5 +51,10 @@ export interface LeaseEnvelope {
   readonly status: string | null;
   readonly domain_id: string | null;
   readonly domain_server_url: string | null;
+  /**
+   * Ours: the trace this attempt belongs to, as W3C `traceparent`. What a runner is handed names the span around its own
+   * work, so that whatever it calls can be a child of that. Absent: it is not traced.
+   */
+  readonly traceparent?: string;
   readonly task: TaskSpec;
 }

@@ -31,6 +31,10 @@ describe('defineRunner', () => {
     [{ capability: '/a' }, 'runner /a: run must be a function, got undefined'],
     [{ capability: '/a', run: {} }, 'runner /a: run must be a function, got object'],
     [{ capability: '/a', run, close: true }, 'runner /a: close must be a function or absent, got boolean'],
+    [
+      { capability: '/a', run, onNodeStart: null },
+      'runner /a: onNodeStart must be a function or absent, got null',
+    ],
   ])('refuses %s', (definition, message) => {
     expect(() => defineRunner(definition as never)).toThrow(
       expect.objectContaining({ code: 'invalid_argument', message }),

@@ -1,6 +1,19 @@
 /** Code that performs one capability inside a node. */
-import type { TaskContext } from './context.ts';
+import type { Logger, TaskContext } from './context.ts';
 import { MillraceError } from './errors.ts';
+
+/**
+ * What isolates the work of a runner; the node's metrics count by it:
+ *
+ * - `embedded` a module in a thread of the node, or nothing
+ * - `subprocess` a program in a sandbox
+ * - `container` a container engine
+ * - `wasm` a content-addressed compute
+ * - `runtime` a Golem runtime
+ */
+export const RUNNER_TYPES = ['embedded', 'subprocess', 'container', 'wasm', 'runtime'] as const;
+
+export type RunnerType = (typeof RUNNER_TYPES)[number];
 
 export interface Runner {
   /**
@@ -8,13 +21,29 @@ export interface Runner {
    * against a task's capability.
    */
   readonly capability: string;
+  /** Default `embedded`. */
+  readonly type?: RunnerType;
   /**
    * Performs one attempt. Resolving means success; rejecting means failure, and the message is reported. Called
    * once per lease; one instance serves all its tasks, possibly at the same time.
    */
   run(ctx: TaskContext): Promise<void>;
+  /**
+   * What is worth doing when the node starts, before there is a task: removing what a crash left behind, telling what is missing. Called once by
+   * the node, beside its registration; tasks do not wait for it, so `run` must not rely on it. What it rejects with is logged. Not
+   * called for a module in a thread, whose top level is the place for that.
+   */
+  onNodeStart?(host: RunnerHost): Promise<void>;
   /** Frees what the runner holds. Called once, after the last `run` has settled. */
   close?(): Promise<void>;
+}
+
+/** What a node lends to a runner of its own. */
+export interface RunnerHost {
+  /** For the operator. */
+  readonly log: Logger;
+  /** Aborts when the node ends, which then waits for {@link Runner.onNodeStart} to settle. */
+  readonly signal: AbortSignal;
 }
 
 /** The longest capability accepted, in bytes. */
@@ -24,7 +53,7 @@ export const MAX_CAPABILITY_BYTES = 256;
  * Checks a definition and returns it as a Runner. The default export of a runner module is the result of this.
  *
  * @throws MillraceError `invalid_argument` when the capability breaks a rule of {@link checkCapability}, `run` is not a
- * function, or `close` is given and is not one.
+ * function, or `onNodeStart` or `close` is given and is not one.
  */
 export function defineRunner(definition: Runner): Runner {
   // Runner modules may be plain JavaScript, so nothing of the type is certain here.
@@ -40,10 +69,11 @@ export function defineRunner(definition: Runner): Runner {
       `runner ${capability}: run must be a function, got ${kind(given.run)}`,
     );
   }
-  if (given.close !== undefined && typeof given.close !== 'function') {
+  for (const name of ['onNodeStart', 'close'] as const) {
+    if (given[name] === undefined || typeof given[name] === 'function') continue;
     throw new MillraceError(
       'invalid_argument',
-      `runner ${capability}: close must be a function or absent, got ${kind(given.close)}`,
+      `runner ${capability}: ${name} must be a function or absent, got ${kind(given[name])}`,
     );
   }
   return definition;
