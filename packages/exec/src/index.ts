@@ -34,3 +34,5 @@ export { DEFAULT_CONTAINER_LIMITS } from './container/limits.ts';
 export type { ContainerLimits } from './container/limits.ts';
 export { sweepContainers } from './container/sweep.ts';
 export type { SweepOptions } from './container/sweep.ts';
+export { probeContainerEngine } from './container/probe.ts';
+export type { EngineProbeOptions, EngineReport } from './container/probe.ts';

@@ -7,7 +7,7 @@ import { Readable } from 'node:stream';
 import { setTimeout as delay } from 'node:timers/promises';
 import { pathToFileURL } from 'node:url';
 import { MillraceError, TaskAbort } from '@millrace/runner';
-import type { JsonObject, Logger, TaskContext } from '@millrace/runner';
+import type { ControlPlane, JsonObject, Logger, TaskContext } from '@millrace/runner';
 import { createTestContext, runnerSuite } from '@millrace/runner/testing';
 import type { TestContext, TestContextOptions } from '@millrace/runner/testing';
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
@@ -1074,3 +1074,59 @@ function withPorts(
     output: Object.assign(Object.create(base.output) as TaskContext['output'], output),
   };
 }
+
+describe('what a task used', () => {
+  async function usageOf(runner: ThreadRunner, meta: JsonObject, during?: (ctx: TestContext) => void) {
+    await using ctx = context({ meta });
+    const told: JsonObject[] = [];
+    const ctrl: ControlPlane = {
+      isCancelled: () => ctx.ctrl.isCancelled(),
+      progress: (value) => ctx.ctrl.progress(value),
+      logEvent: (value) => ctx.ctrl.logEvent(value),
+      usage: (value) => Promise.resolve(void told.push(value)),
+    };
+    const { lease, input, output, accessToken, signal, log } = ctx;
+    const running = runner
+      .run({ lease, input, output, ctrl, accessToken, signal, log })
+      .catch(() => undefined);
+    during?.(ctx);
+    await running;
+    expect(ctx.events).toEqual([]);
+    expect(told).toHaveLength(1);
+    return told[0]!;
+  }
+
+  const SPIN = `
+    const { ms } = ctx.lease.task.meta;
+    const until = process.hrtime.bigint() + BigInt(ms) * 1000000n;
+    const kept = [];
+    while (process.hrtime.bigint() < until) if (kept.length < 1e6) kept.push({});
+    if (ms > 100000) throw kept;`;
+
+  test('is the CPU time and the heap of its own thread, and of its own time', async () => {
+    const runner = await openWork(SPIN);
+    const [busy, idle] = [await usageOf(runner, { ms: 600 }), await usageOf(runner, { ms: 0 })];
+    if (process.platform === 'linux') {
+      // On a busy machine the thread gets less of the wall time; without any it would not have ended.
+      expect(busy['cpu_ms']).toBeGreaterThan(20);
+      expect(busy['cpu_ms']).toBeLessThan(5_000);
+      expect(idle['cpu_ms']).toBeLessThan(busy['cpu_ms'] as number);
+    }
+    expect(busy['peak_memory_bytes']).toBeGreaterThan(8 * 1024 * 1024);
+    // It was over before anybody looked.
+    expect(idle['peak_memory_bytes']).toBeNull();
+  });
+
+  test('is known of a thread that had to be ended', async () => {
+    const runner = await openWork(
+      `ctx.log.info('spinning'); await new Promise((r) => setImmediate(r)); ${SPIN}`,
+      {
+        limits: { graceMs: 300 },
+      },
+    );
+    const usage = await usageOf(runner, { ms: 60_000 }, (ctx) => {
+      void until(() => ctx.logs.length > 0, 'the module spins').then(() => ctx.abort('canceled'));
+    });
+    if (process.platform === 'linux') expect(usage['cpu_ms']).toBeGreaterThan(5);
+  });
+});

@@ -167,6 +167,7 @@ interface Waiter {
  * which a new one is started: whichever comes first.
  */
 class ThreadPool implements ThreadRunner {
+  readonly type = 'embedded';
   capability = '';
   readonly #options: PoolOptions;
   readonly #loader: ThreadData['loader'];

@@ -3,7 +3,7 @@ import { randomBytes } from 'node:crypto';
 import { chmod, readdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { MillraceError, TaskAbort, describeError, sleep, timeoutSignal } from '@millrace/runner';
-import type { Clock, Json, JsonObject, Logger, TaskContext } from '@millrace/runner';
+import type { Clock, JsonObject, Logger, TaskContext } from '@millrace/runner';
 import type { LaunchFolders } from '../sandbox/launch.ts';
 import { fillArguments } from '../subprocess/arguments.ts';
 import type { ArgumentTemplate } from '../subprocess/arguments.ts';
@@ -18,6 +18,7 @@ import { OutputLines } from '../subprocess/output-lines.ts';
 import { collectOutputs } from '../subprocess/outputs.ts';
 import type { OutputPattern } from '../subprocess/outputs.ts';
 import { createTaskFolder, removeFolder } from '../subprocess/task-folder.ts';
+import { tellUsage } from '../subprocess/tell-usage.ts';
 import { INSIDE, containerConfig } from './config.ts';
 import { short } from './engine.ts';
 import type { ContainerConfig, ContainerEngine, EngineInfo, EngineVersion, ImageInfo } from './engine.ts';
@@ -83,7 +84,7 @@ const LOST_MS = 10_000;
 
 /**
  * Performs it. Rejects with the task's verdict once the container is proven to be removed, and the folder is; when the engine is lost and
- * nothing can be proven, the error says so. What it used is the event of kind `usage`, in every case.
+ * nothing can be proven, the error says so. What it used is told in every case.
  */
 export async function runAttempt(
   ctx: TaskContext,
@@ -116,7 +117,7 @@ export async function runAttempt(
     const collected = await collectOutputs(ctx, folders.outputs, plan.outputs, plan.limits);
     usage.bytesOut = collected.bytes;
   } finally {
-    await ctx.ctrl.logEvent(usageEvent(usage, plan)).catch((error: unknown) => {
+    await tellUsage(ctx, usageOf(usage, plan)).catch((error: unknown) => {
       world.log?.warn('usage of a task could not be reported', { error: describeError(error) });
     });
     if (folders !== null) await removeFolder(folders.root, world.log);
@@ -134,7 +135,7 @@ interface UsageRecord {
 }
 
 /** As that of a subprocess, and what was run on what. */
-function usageEvent({ reading, exit, image, engine, ...used }: UsageRecord, plan: ContainerPlan): Json {
+function usageOf({ reading, exit, image, engine, ...used }: UsageRecord, plan: ContainerPlan): JsonObject {
   const controls: Record<string, string> = {
     wall: 'watched',
     memory: 'engine',
@@ -147,7 +148,6 @@ function usageEvent({ reading, exit, image, engine, ...used }: UsageRecord, plan
     ...(plan.network ? {} : { network: 'engine' }),
   };
   return {
-    kind: 'usage',
     peak_memory_bytes: reading?.peakBytes ?? null,
     cpu_ms: reading?.cpuMs == null ? null : Math.round(reading.cpuMs),
     wall_ms: used.wallMs === null ? null : Math.round(used.wallMs),
@@ -266,7 +266,7 @@ class Attempt {
       command: plan.command === null ? null : fillArguments(plan.command, values),
       args: plan.args === null ? null : fillArguments(plan.args, values),
       env: {
-        ...traceContext(plan.meta),
+        ...traceContext(this.#ctx.lease, plan.meta),
         ...plan.taskEnv,
         ...plan.operatorEnv,
         MILLRACE_RUN_ID: this.#name,

@@ -5,29 +5,30 @@
  *      "env": [{"key": "TZ", "value": "UTC"}], "inputs": ["photo.jpg"], "outputs": ["*.txt"]}
  *
  * All of it may stand under a member `container`. Unknown members are refused, so that a misspelt one is not silently ignored.
+ * `image`, `command`, `args` and `env` are the model's, the others extensions to it.
  */
 import type { Json, JsonObject } from '@millrace/runner';
+import { parseContainer, type ContainerKind } from '@millrace/runner/model';
 import { checkInputNames } from '../subprocess/inputs.ts';
 import {
-  TRACE,
+  BESIDE,
   boolean,
+  checkEnvNames,
+  envList,
   invalid,
   object,
   onlyMembers,
-  parseEnv,
+  present,
   string,
   strings,
+  without,
 } from '../subprocess/subprocess-kind.ts';
 import { parseImage } from './image-reference.ts';
 import type { ImageReference } from './image-reference.ts';
 
-export interface ContainerKind {
+/** What the model has no rules for, and its image taken apart. */
+export interface ContainerExtras {
   readonly image: ImageReference;
-  /** Null: the image's entry point. */
-  readonly command: readonly string[] | null;
-  /** Null: the image's command. */
-  readonly args: readonly string[] | null;
-  readonly env: Readonly<Record<string, string>>;
   readonly workdir: string | null;
   readonly failOnNonZero: boolean;
   /** Null: the names they are stored by. */
@@ -38,39 +39,37 @@ export interface ContainerKind {
   readonly network: boolean;
 }
 
-const MEMBERS = [
-  'image',
-  'command',
-  'args',
-  'env',
-  'workdir',
-  'failOnNonZero',
-  'inputs',
-  'outputs',
-  'limits',
-  'network',
-];
+const EXTENSIONS = ['workdir', 'failOnNonZero', 'inputs', 'outputs', 'limits', 'network'];
+const MEMBERS = ['image', 'command', 'args', 'env', ...EXTENSIONS];
 
 /** @throws MillraceError `invalid_argument`, naming the member by its path, the rule and the value. */
-export function parseContainerKind(meta: Json): ContainerKind {
+export function containerKindOf(meta: Json): ContainerKind {
   const outer = object('meta', meta);
   const wrapped = outer['container'] !== undefined;
   const at = wrapped ? 'meta.container' : 'meta';
-  const kind = wrapped ? object(at, outer['container']!) : outer;
-  onlyMembers(at, kind, wrapped ? MEMBERS : [...MEMBERS, ...TRACE]);
-  if (wrapped) onlyMembers('meta', outer, ['container', ...TRACE]);
-  const { command, args, workdir, failOnNonZero, inputs, outputs, limits, network } = kind;
-  // An empty list is an absent one, as the field's other wire format has it.
-  const commandLine = command == null ? [] : strings(`${at}.command`, command);
-  if (commandLine[0]?.trim() === '') throw invalid(`${at}.command[0]`, 'container command cannot be empty');
-  const argList = args == null ? [] : strings(`${at}.args`, args);
+  const raw = wrapped ? object(at, outer['container']!) : outer;
+  onlyMembers(at, raw, wrapped ? MEMBERS : [...MEMBERS, ...BESIDE]);
+  if (wrapped) onlyMembers('meta', outer, ['container', ...BESIDE]);
+  parseImage(raw['image'] ?? '', `${at}.image`);
+  const kind = parseContainer(
+    present({ ...without(raw, BESIDE), env: envList(`${at}.env`, raw['env']) }),
+    at,
+  );
+  containerExtras(kind, at);
+  return kind;
+}
+
+/** @throws MillraceError `invalid_argument`, naming the member below `at`. */
+export function containerExtras(kind: ContainerKind, at: string): ContainerExtras {
+  const { workdir, failOnNonZero, inputs, outputs, limits, network } = kind.extensions;
+  onlyMembers(at, kind.extensions, EXTENSIONS);
+  checkEnvNames(`${at}.env`, kind.env);
+  if (kind.command?.[0]?.trim() === '')
+    throw invalid(`${at}.command[0]`, 'container command cannot be empty');
   const inputNames = inputs == null ? null : strings(`${at}.inputs`, inputs);
   if (inputNames !== null) checkInputNames(`${at}.inputs`, inputNames);
   return {
-    image: parseImage(kind['image'] ?? '', `${at}.image`),
-    command: commandLine.length === 0 ? null : commandLine,
-    args: argList.length === 0 ? null : argList,
-    env: parseEnv(`${at}.env`, kind['env'] ?? []),
+    image: parseImage(kind.image, `${at}.image`),
     workdir: workdir == null ? null : parseWorkdir(`${at}.workdir`, string(`${at}.workdir`, workdir)),
     failOnNonZero: failOnNonZero == null ? true : boolean(`${at}.failOnNonZero`, failOnNonZero),
     inputs: inputNames,

@@ -2,7 +2,7 @@
 import { hostname } from 'node:os';
 import { resolve } from 'node:path';
 import { MillraceError, TaskAbort, systemClock } from '@millrace/runner';
-import type { Clock, Logger, Runner, TaskContext } from '@millrace/runner';
+import type { Clock, Logger, Runner, RunnerHost, TaskContext } from '@millrace/runner';
 import { defaultWorkDir } from '../sandbox/launch.ts';
 import { abortOf } from '../subprocess/attempt.ts';
 import { sweepTaskFolders } from '../subprocess/task-folder.ts';
@@ -47,9 +47,10 @@ export interface ContainerRunner extends Runner, AsyncDisposable {
 }
 
 export class ImageRunner implements ContainerRunner {
+  readonly type = 'container';
   readonly capability: string;
   readonly #plan: (ctx: TaskContext) => ContainerPlan;
-  readonly #world: ContainerWorld;
+  #world: ContainerWorld;
   readonly #stopping = new AbortController();
   readonly #running = new Set<Promise<void>>();
   #swept: Promise<void> | null = null;
@@ -76,8 +77,24 @@ export class ImageRunner implements ContainerRunner {
     this.#world = { shared: new SharedEngine(engine, owner, clock, log), owner, clock, log, workDir };
   }
 
+  /** Removes what a crashed node left. @throws MillraceError when the engine is away or cannot be used */
+  async onNodeStart({ log, signal }: RunnerHost): Promise<void> {
+    if (process.platform !== 'linux') return;
+    this.#world = { ...this.#world, log: this.#world.log ?? log };
+    this.#world.shared.log ??= log;
+    await Promise.all([
+      this.#sweepFolders(),
+      this.#world.shared.ready(AbortSignal.any([signal, this.#stopping.signal])),
+    ]);
+  }
+
   run(ctx: TaskContext): Promise<void> {
-    const running = this.#run(ctx).finally(() => this.#running.delete(running));
+    return this.perform(ctx, this.#plan);
+  }
+
+  /** As {@link run}, with a plan that was made before. */
+  perform(ctx: TaskContext, plan: (ctx: TaskContext) => ContainerPlan): Promise<void> {
+    const running = this.#run(ctx, plan).finally(() => this.#running.delete(running));
     this.#running.add(running);
     return running;
   }
@@ -92,14 +109,19 @@ export class ImageRunner implements ContainerRunner {
     return this.close();
   }
 
-  async #run(given: TaskContext): Promise<void> {
+  #sweepFolders(): Promise<void> {
+    this.#swept ??= sweepTaskFolders(this.#world.workDir, this.#world.log);
+    return this.#swept;
+  }
+
+  async #run(given: TaskContext, planOf: (ctx: TaskContext) => ContainerPlan): Promise<void> {
     if (process.platform !== 'linux') {
       throw new MillraceError('unimplemented', `container runners need Linux, this is ${process.platform}`);
     }
     const signal = AbortSignal.any([given.signal, this.#stopping.signal]);
     if (signal.aborted) throw abortOf(signal);
-    const plan = this.#plan(given);
-    await (this.#swept ??= sweepTaskFolders(this.#world.workDir, this.#world.log));
+    const plan = planOf(given);
+    await this.#sweepFolders();
     const { lease, input, output, ctrl, accessToken, log } = given;
     await runAttempt({ lease, input, output, ctrl, accessToken, log, signal }, plan, this.#world);
   }

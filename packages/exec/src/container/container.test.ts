@@ -437,6 +437,34 @@ describe.skipIf(opened === null)('a container', { timeout: 120_000 }, () => {
     expect((await attempt(make({ command: ['true'] }))).error).toBeNull();
   });
 
+  test('of a node that was killed is removed when the next one starts, before any task, and the operator is told', async () => {
+    const node = spawn(
+      process.execPath,
+      [fileURLToPath(new URL('crash-process.test.support.js', import.meta.url))],
+      {
+        env: { ...process.env, HOST: podman.host, IMAGE: podman.image, WORK_DIR: workDir },
+        stdio: ['ignore', 'pipe', 'inherit'],
+      },
+    );
+    const gone = once(node, 'exit');
+    await Promise.race([once(node.stdout, 'data'), gone]);
+    node.kill('SIGKILL');
+    await gone;
+    expect(await podman.containers()).toHaveLength(1);
+
+    const { signal } = new AbortController();
+    const ctx = createTestContext();
+    await make({ command: ['true'] }).onNodeStart?.({ signal, log: ctx.log });
+    expect(await podman.containers()).toEqual([]);
+    expect(await readdir(workDir)).toEqual([]);
+    expect(ctx.logs.map(({ level, message }) => [level, message])).toEqual([
+      ['warn', 'removed a container that a crashed node had left behind'],
+    ]);
+
+    const away = make({ engine: { host: `unix://${workDir}/none.sock` } });
+    await expect(away.onNodeStart?.({ signal, log: ctx.log })).rejects.toMatchObject({ code: 'unavailable' });
+  });
+
   test('without an engine fails as unavailable at once, and names the engine', async () => {
     const runner = make({ engine: { host: `unix://${workDir}/none.sock` } });
     const { error } = await attempt(runner);

@@ -1,6 +1,10 @@
 /** The ready-made capability for any image the operator allows. */
 import { MillraceError, checkCapability } from '@millrace/runner';
-import type { TaskContext } from '@millrace/runner';
+import type { TaskContext, TaskSpec as LeasedTask } from '@millrace/runner';
+import { mergeEnv } from '@millrace/runner/model';
+import type { ContainerKind } from '@millrace/runner/model';
+import { RunnerError, nameOfCapability } from '@millrace/runner/plugin';
+import type { KindRunner, RunnerPlugin } from '@millrace/runner/plugin';
 import { parseArguments } from '../subprocess/arguments.ts';
 import { metaObject } from '../subprocess/attempt.ts';
 import { nameInputs } from '../subprocess/inputs.ts';
@@ -8,7 +12,8 @@ import { parseOutputs } from '../subprocess/outputs.ts';
 import type { ContainerPlan } from './attempt.ts';
 import { containment } from './container.ts';
 import type { ContainmentOptions } from './container.ts';
-import { parseContainerKind } from './container-kind.ts';
+import { checkAllowedEnv, lentEnvironment } from '../subprocess/kind-plugin.ts';
+import { containerExtras, containerKindOf } from './container-kind.ts';
 import { ImageRunner } from './container-runner.ts';
 import type { ContainerRunner, ContainerRunnerSettings } from './container-runner.ts';
 import { imageMatches } from './image-reference.ts';
@@ -31,6 +36,8 @@ export interface ContainerRunnerOptions extends ContainmentOptions, ContainerRun
   readonly limits?: ContainmentOptions['limits'];
   /** Whether tasks that ask for a network get one; others have none in any case. Default false: they are refused. */
   readonly network?: boolean;
+  /** Its name in run ids; no two runners of a node may have one name. Default `container`, or one made of the capability. */
+  readonly name?: string;
   /** Default {@link CONTAINER_CAPABILITY}. */
   readonly capability?: string;
 }
@@ -41,7 +48,7 @@ export interface ContainerRunnerOptions extends ContainmentOptions, ContainerRun
  *
  * @throws MillraceError `invalid_argument`, naming the option.
  */
-export function containerRunner(options: ContainerRunnerOptions): ContainerRunner {
+export function containerRunner(options: ContainerRunnerOptions): ContainerRunner & KindRunner {
   const { capability = CONTAINER_CAPABILITY, allow } = options;
   checkCapability(capability);
   if (
@@ -55,54 +62,69 @@ export function containerRunner(options: ContainerRunnerOptions): ContainerRunne
     );
   }
   const fixed = containment(options);
-  return new ImageRunner(capability, options, (ctx) => plan(ctx, options, fixed));
+  const kindOf = (task: Pick<LeasedTask, 'meta'>): ContainerKind => containerKindOf(task.meta);
+  const images = new ImageRunner(capability, options, (ctx) =>
+    planner(kindOf(ctx.lease.task), options, fixed, {})(ctx),
+  );
+  const name =
+    options.name ?? (capability === CONTAINER_CAPABILITY ? 'container' : nameOfCapability(capability));
+  const plugin: RunnerPlugin = {
+    name,
+    supports: (spec) => spec.kind.type === 'container',
+    buildTask({ kind }, context, runId) {
+      if (kind.type !== 'container') throw RunnerError.unsupportedKind(name, kind.type);
+      const plan = RunnerError.specified(() => planner(kind, options, fixed, lentEnvironment(context)));
+      return { name: runId.name, run: (ctx) => images.perform(ctx, plan) };
+    },
+  };
+  return Object.assign(images, { plugin, kindOf });
 }
 
-function plan(
-  { lease: { task } }: TaskContext,
+/** Checks everything that does not depend on the lease. `lent`: variables of the operator for all runners. */
+function planner(
+  kind: ContainerKind,
   options: ContainerRunnerOptions,
-  fixed: ReturnType<typeof containment>,
-): ContainerPlan {
+  contained: ReturnType<typeof containment>,
+  lent: Readonly<Record<string, string>>,
+): (ctx: TaskContext) => ContainerPlan {
   const { allow, allowEnv = ['*'], requireDigest = false } = options;
-  const kind = parseContainerKind(task.meta);
-  if (!allow.some((pattern) => imageMatches(pattern, kind.image))) {
+  const extras = containerExtras(kind, 'meta');
+  const { image } = extras;
+  if (!allow.some((pattern) => imageMatches(pattern, image))) {
     throw new MillraceError(
       'permission_denied',
-      `image ${kind.image.text} is not allowed on this node; allowed: ${allow.join(', ')}`,
+      `image ${image.text} is not allowed on this node; allowed: ${allow.join(', ')}`,
     );
   }
-  if (requireDigest && kind.image.digest === null) {
+  if (requireDigest && image.digest === null) {
     throw new MillraceError(
       'permission_denied',
-      `image ${kind.image.text} must be named by its digest (NAME@sha256:…) on this node`,
+      `image ${image.text} must be named by its digest (NAME@sha256:…) on this node`,
     );
   }
-  const variable = Object.keys(kind.env).find((name) => !allowEnv.includes(name) && !allowEnv.includes('*'));
-  if (variable !== undefined) {
-    throw new MillraceError(
-      'permission_denied',
-      `meta.env: variable ${variable} is not allowed on this node; allowed: ${allowEnv.join(', ') || 'none'}`,
-    );
-  }
-  if (kind.network && !fixed.network) {
+  checkAllowedEnv(kind.env, allowEnv);
+  if (extras.network && !contained.network) {
     throw new MillraceError('permission_denied', 'meta.network: containers have no network on this node');
   }
-  const cids = task.inputs_cids;
-  return {
-    ...fixed,
-    image: kind.image,
+  const fixed = {
+    ...contained,
+    image,
     command: kind.command === null ? null : parseArguments('meta.command', kind.command, 'text'),
-    args: kind.args === null ? null : parseArguments('meta.args', kind.args, 'text'),
-    taskEnv: kind.env,
-    workdir: kind.workdir,
-    network: kind.network,
-    inputs:
-      kind.inputs === null
-        ? cids.map((cid) => ({ cid, name: null }))
-        : [...nameInputs(cids, kind.inputs)].map(([name, cid]) => ({ cid, name })),
-    outputs: parseOutputs('meta.outputs', kind.outputs),
-    limits: lowerContainerLimits('meta.limits', fixed.limits, kind.limits),
-    failOnNonZero: kind.failOnNonZero,
-    meta: metaObject(task.meta),
+    args: kind.args.length === 0 ? null : parseArguments('meta.args', kind.args, 'text'),
+    operatorEnv: { ...lent, ...contained.operatorEnv },
+    taskEnv: mergeEnv(kind.env, []),
+    workdir: extras.workdir,
+    network: extras.network,
+    outputs: parseOutputs('meta.outputs', extras.outputs),
+    limits: lowerContainerLimits('meta.limits', contained.limits, extras.limits),
+    failOnNonZero: extras.failOnNonZero,
   };
+  return ({ lease: { task } }) => ({
+    ...fixed,
+    inputs:
+      extras.inputs === null
+        ? task.inputs_cids.map((cid) => ({ cid, name: null }))
+        : [...nameInputs(task.inputs_cids, extras.inputs)].map(([name, cid]) => ({ cid, name })),
+    meta: metaObject(task.meta),
+  });
 }

@@ -1,11 +1,13 @@
 /** What is refused before any engine is asked: options of an operator, meta of a task. */
 import { MillraceError } from '@millrace/runner';
-import type { Json } from '@millrace/runner';
+import type { Json, JsonObject } from '@millrace/runner';
+import { taskSpec } from '@millrace/runner/model';
+import { makeRunId } from '@millrace/runner/plugin';
 import { expect, test } from 'vitest';
 import { containerConfig } from './config.ts';
 import { container } from './container.ts';
 import type { ContainerOptions } from './container.ts';
-import { parseContainerKind } from './container-kind.ts';
+import { containerExtras, containerKindOf } from './container-kind.ts';
 import { containerRunner } from './generic.ts';
 import { DEFAULT_CONTAINER_LIMITS, checkContainerLimits, lowerContainerLimits } from './limits.ts';
 
@@ -48,9 +50,9 @@ test.each<[Json, RegExp]>([
   [{ image: 'A B' }, /^meta.image must be an image reference/],
   [{ container: { image: 'a', comand: [] } }, /^meta.container.comand: is unknown/],
   [{ container: { image: 'a' }, image: 'a' }, /^meta.image: is unknown/],
-  [{ image: 'a', command: 'sh' }, /^meta.command: must be an array of strings, got "sh"/],
+  [{ image: 'a', command: 'sh' }, /^meta.command must be an array, got "sh"/],
   [{ image: 'a', command: [' '] }, /^meta.command\[0\]: container command cannot be empty/],
-  [{ image: 'a', args: [1] }, /^meta.args\[0\]: must be a string, got 1/],
+  [{ image: 'a', args: [1] }, /^meta.args\[0\] must be a string, got 1/],
   [{ image: 'a', env: { '1A': 'x' } }, /^meta.env.1A must be named by letters/],
   [{ image: 'a', env: [{ key: 'A' }] }, /^meta.env\[0\] must be a string/],
   [{ image: 'a', workdir: 'x' }, /^meta.workdir: must be an absolute path, got "x"/],
@@ -58,13 +60,13 @@ test.each<[Json, RegExp]>([
   [{ image: 'a', network: 'yes' }, /^meta.network: must be true or false, got "yes"/],
   [{ image: 'a', privileged: true }, /^meta.privileged: is unknown/],
 ])('meta %j is refused by name', (meta, message) => {
-  const parse = (): unknown => parseContainerKind(meta);
+  const parse = (): unknown => containerKindOf(meta);
   expect(parse).toThrow(MillraceError);
   expect(parse).toThrow(message);
 });
 
 test('empty lists of meta mean those of the image, and the last entry of a variable wins', () => {
-  const kind = parseContainerKind({
+  const kind = containerKindOf({
     image: 'a',
     command: [],
     args: [],
@@ -74,14 +76,35 @@ test('empty lists of meta mean those of the image, and the last entry of a varia
     ],
     traceparent: 'x',
   });
-  expect(kind).toMatchObject({
-    command: null,
-    args: null,
-    env: { A: '2' },
-    inputs: null,
-    outputs: [],
-    network: false,
-  });
+  expect(kind).toMatchObject({ command: null, args: [], env: [{ key: 'A', value: '2' }], extensions: {} });
+  expect(containerExtras(kind, 'meta')).toMatchObject({ inputs: null, outputs: [], network: false });
+});
+
+test("the plugin of containers takes its kind only, and refuses by the operator's rules when it builds", () => {
+  const { plugin } = containerRunner({ ...options, capability: '/exec/container/v1', allow: ['debian:12'] });
+  const build =
+    (image: string, extensions: JsonObject = {}): (() => unknown) =>
+    () =>
+      plugin.buildTask(
+        taskSpec({
+          slot: 's',
+          timeoutMs: 1,
+          kind: { type: 'container', image, command: null, args: [], env: [], extensions },
+        }),
+        { env: [], metrics: { recordRunnerError: () => undefined } },
+        makeRunId(plugin.name, 's'),
+      );
+  expect(plugin.name).toBe('container');
+  expect(build('debian:12')()).toMatchObject({ name: expect.stringMatching(/^container-s-\d+$/) as string });
+  expect(build('debian:11')).toThrow(/^invalid specification: image debian:11 is not allowed on this node/);
+  expect(build('debian:12', { network: true })).toThrow(/containers have no network on this node/);
+  expect(() =>
+    plugin.buildTask(
+      taskSpec({ slot: 's', timeoutMs: 1, kind: { type: 'embedded' } }),
+      { env: [], metrics: { recordRunnerError: () => undefined } },
+      makeRunId(plugin.name, 's'),
+    ),
+  ).toThrow("unsupported task kind for runner 'container': embedded");
 });
 
 test('limits are on by default, may be fractions of a processor only, and a task may only lower them', () => {

@@ -29,10 +29,10 @@ const ORPHAN_MS = 2_000;
 
 export class SharedEngine {
   readonly engine: ContainerEngine;
+  log: Logger | undefined;
   readonly #options: SharedEngineOptions;
   readonly #owner: Owner;
   readonly #clock: Clock;
-  readonly #log: Logger | undefined;
   /** Names of containers whose removal could not be proven. */
   readonly #orphans = new Set<string>();
   #facts: Promise<EngineFacts> | null = null;
@@ -42,7 +42,7 @@ export class SharedEngine {
     this.#options = options;
     this.#owner = owner;
     this.#clock = clock;
-    this.#log = log;
+    this.log = log;
   }
 
   /**
@@ -85,7 +85,7 @@ export class SharedEngine {
         { details: { ending: 'spawn_failed', image: text } },
       );
     }
-    this.#log?.info('pulling a container image', { image: text });
+    this.log?.info('pulling a container image', { image: text });
     await this.engine.pullImage(text, { signal, timeoutMs: pullMs });
     const pulled = await this.engine.inspectImage(text, { signal });
     if (pulled !== null) return pulled;
@@ -115,9 +115,9 @@ export class SharedEngine {
       );
     }
     if (!swap)
-      this.#log?.warn('the container engine cannot limit swap; containers may use it beyond memoryMiB', {});
+      this.log?.warn('the container engine cannot limit swap; containers may use it beyond memoryMiB', {});
     try {
-      await sweep(this.engine, this.#owner, this.#log === undefined ? {} : { log: this.#log });
+      await sweep(this.engine, this.#owner, this.log === undefined ? {} : { log: this.log });
     } catch (error) {
       // What a crashed node left must not keep this one from working; each failure is in the log.
       if (!(error instanceof AggregateError)) throw error;
@@ -129,9 +129,9 @@ export class SharedEngine {
     try {
       await proveRemoved(this.engine, name, { clock: this.#clock, withinMs: ORPHAN_MS });
       this.#orphans.delete(name);
-      this.#log?.info('removed a container that was left when its engine went away', { container: name });
+      this.log?.info('removed a container that was left when its engine went away', { container: name });
     } catch (error) {
-      this.#log?.warn('a container that was left when its engine went away cannot be removed yet', {
+      this.log?.warn('a container that was left when its engine went away cannot be removed yet', {
         container: name,
         error: describeError(error),
       });

@@ -13,7 +13,7 @@ export interface ProcessId {
 }
 
 export interface ProcessStat extends ProcessId {
-  /** One letter; `Z` and `X` are dead. */
+  /** One letter; see {@link isDead}. */
   readonly state: string;
   readonly parent: number;
   readonly group: number;
@@ -59,8 +59,12 @@ export function readLiving(id: ProcessId): ProcessStat | null {
   return stat !== null && stat.started === id.started && !isDead(stat) ? stat : null;
 }
 
-export function isDead({ state }: ProcessStat): boolean {
-  return state === 'Z' || state === 'X';
+/**
+ * The main thread of a program with several may end, and be shown as a zombie, before the others: until they have, its children
+ * are theirs, and adopted by nobody.
+ */
+export function isDead({ state, threads }: ProcessStat): boolean {
+  return state === 'X' || (state === 'Z' && threads <= 1);
 }
 
 export interface ProcessMemory {
@@ -96,16 +100,19 @@ const LISTS_CHILDREN = existsSync(`/proc/${process.pid}/task/${process.pid}/chil
 /** Direct children, of all threads. */
 export function childrenOf(pid: number): number[] {
   if (!LISTS_CHILDREN) return allProcesses().flatMap((stat) => (stat.parent === pid ? [stat.pid] : []));
+  let threads: string[];
   try {
-    return readdirSync(`/proc/${pid}/task`).flatMap((thread) =>
-      readFileSync(`/proc/${pid}/task/${thread}/children`, 'latin1')
-        .split(' ')
-        .filter((text) => text !== '')
-        .map(Number),
-    );
+    threads = readdirSync(`/proc/${pid}/task`);
   } catch {
     return [];
   }
+  // A thread may end between the two reads; the others still have theirs.
+  return threads.flatMap((thread) =>
+    (readProc(pid, `task/${thread}/children`) ?? '')
+      .split(' ')
+      .filter((text) => text !== '')
+      .map(Number),
+  );
 }
 
 /**

@@ -43,6 +43,26 @@ describe('what is read of a process', () => {
 });
 
 describe('a tree of processes', () => {
+  test('holds the orphan of a program with many threads that is killed before the orphan was ever seen', async () => {
+    // Its threads end one after the other, so this is a matter of chance.
+    for (let round = 0; round < 8; round += 1) {
+      const token = sleepToken();
+      const script = `require('node:child_process').spawn('sleep', ['${token}'], { detached: true }); setInterval(() => {}, 1000)`;
+      const child = spawn(process.execPath, ['-e', script], {
+        detached: true,
+        stdio: 'ignore',
+        env: { RUN: token },
+      });
+      const tree = new ProcessTree({ pid: child.pid!, marker: `RUN=${token}`, clock: systemClock });
+      await until('the orphan to be', () => processesWith(token).some((pid) => pid !== child.pid));
+      const exited = once(child, 'exit');
+      child.kill('SIGKILL');
+      await tree.kill();
+      await exited;
+      expect(processesWith(token)).toEqual([]);
+    }
+  });
+
   test('holds children in sessions of their own, and orphans that were seen or carry the mark', async () => {
     const token = sleepToken();
     const { child, tree } = start(

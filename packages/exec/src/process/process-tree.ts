@@ -77,18 +77,23 @@ export class ProcessTree {
 
   /** {@link members}, and those that were adopted by an ancestor of this process. */
   membersAndOrphans(): TreeMember[] {
-    if (this.#marker === null) return this.members();
+    // Before the adopted: who loses its parent after this look was seen by it, who lost it before is among those.
+    const members = this.members();
+    if (this.#marker === null) return members;
     const chain = ancestry();
+    let adopted = false;
     // Adopted by this process: only if it is the first of its pid namespace, as in a container.
     for (const adopter of process.pid === 1 ? chain : chain.slice(1)) {
       for (const pid of adoptedBy(adopter)) {
         if (this.#known.has(pid) || chain.includes(pid)) continue;
         const stat = readStat(pid);
         if (stat === null || isDead(stat) || this.#isOlder(stat)) continue;
-        if (wasStartedWith(pid, this.#marker)) this.#known.set(pid, { id: stat, depth: 1 });
+        if (!wasStartedWith(pid, this.#marker)) continue;
+        this.#known.set(pid, { id: stat, depth: 1 });
+        adopted = true;
       }
     }
-    return this.members();
+    return adopted ? this.members() : members;
   }
 
   /** Asks those at least `minDepth` deep to end. */

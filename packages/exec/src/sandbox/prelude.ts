@@ -65,6 +65,19 @@ export function prelude({ limits, otherProcesses, init }: PreludeOptions): strin
   return commands.join('\n');
 }
 
+/** Of limits that are above this process's own, what holds instead. By the names of the options. */
+export function loweredLimits({
+  openFiles,
+  diskBytes,
+}: Pick<ResourceLimits, 'openFiles' | 'diskBytes'>): Readonly<Record<string, number>> {
+  const files = clamp(openFiles, 'Max open files');
+  const bytes = clamp(diskBytes, 'Max file size');
+  return {
+    ...(files < openFiles && { openFiles: files }),
+    ...(bytes < diskBytes && { diskBytes: bytes }),
+  };
+}
+
 /** At most the hard limit of this process, which only root could raise. */
 function clamp(value: number, row: string, unit = 1): number {
   const hard = hardLimit(row);

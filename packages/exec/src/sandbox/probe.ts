@@ -40,11 +40,12 @@ export interface SandboxFindings {
 }
 
 /**
- * Tries all tiers and control groups, in about a second. For `millrace doctor`; runners do it by themselves, once per process.
- * What cannot be had is in the report, with the reason; it rejects only when no temporary folder can be made.
+ * Tries all tiers and control groups, in about a second, once per process: subprocess runners share the findings. For
+ * `millrace doctor`, and for a node that says at its start what it has. What cannot be had is in the report, with the reason;
+ * it rejects only when no temporary folder can be made.
  */
 export async function probeSandbox(options: ProbeOptions = {}): Promise<SandboxReport> {
-  return (await examineSandbox(options)).report;
+  return (await sandboxFindings(options)).report;
 }
 
 const findings = new Map<string, Promise<SandboxFindings>>();

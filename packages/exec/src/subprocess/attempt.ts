@@ -36,17 +36,19 @@ import {
   type LaunchFolders,
 } from '../sandbox/launch.ts';
 import type { SandboxRecord } from '../sandbox/plan.ts';
+import { loweredLimits } from '../sandbox/prelude.ts';
 import type { SandboxFindings } from '../sandbox/probe.ts';
 import { fillArguments, type ArgumentTemplate } from './arguments.ts';
 import { diskUsage } from './disk-usage.ts';
 import { normalExit, verdict, type NormalExit, type StopCause } from './ending.ts';
-import { programEnvironment } from './environment.ts';
+import { programEnvironment, traceContext } from './environment.ts';
 import { EventsChannel } from './events-channel.ts';
 import { placeInputs } from './inputs.ts';
 import type { SubprocessLimits } from './limits.ts';
 import { OutputLines } from './output-lines.ts';
 import { collectOutputs, type OutputPattern } from './outputs.ts';
 import { createTaskFolder, removeTaskFolder } from './task-folder.ts';
+import { tellUsage } from './tell-usage.ts';
 
 /** What a task comes to, everything checked. */
 export interface AttemptPlan {
@@ -94,10 +96,11 @@ const OTHER_PROCESSES_FOR_MS = 5_000;
 
 /**
  * Performs it. Rejects with the task's verdict once every process is gone as far as the tier promises it, and the folder is removed.
- * What it used is the event of kind `usage`, in every case.
+ * What it used is told in every case.
  */
 export async function runAttempt(ctx: TaskContext, plan: AttemptPlan, world: AttemptWorld): Promise<void> {
-  const usage: UsageRecord = { ...NOTHING_USED, sandbox: plan.sandbox };
+  const lowered = plan.sandbox.applied.tier === 'none' ? {} : loweredLimits(plan.limits);
+  const usage: UsageRecord = { ...NOTHING_USED, sandbox: plan.sandbox, lowered };
   let folders: LaunchFolders | null = null;
   try {
     ctx.signal.throwIfAborted();
@@ -111,7 +114,7 @@ export async function runAttempt(ctx: TaskContext, plan: AttemptPlan, world: Att
     const collected = await collectOutputs(ctx, folders.outputs, plan.outputs, plan.limits);
     usage.bytesOut = collected.bytes;
   } finally {
-    await ctx.ctrl.logEvent(usageEvent(usage)).catch((error: unknown) => {
+    await tellUsage(ctx, usageOf(usage)).catch((error: unknown) => {
       world.log?.warn('usage of a task could not be reported', { error: describeError(error) });
     });
     if (folders !== null) await removeTaskFolder(folders, world.log);
@@ -126,9 +129,10 @@ interface UsageRecord {
   bytesOut: number;
   exit: NormalExit;
   readonly sandbox: SandboxRecord;
+  readonly lowered: Readonly<Record<string, number>>;
 }
 
-const NOTHING_USED: Omit<UsageRecord, 'sandbox'> = {
+const NOTHING_USED: Omit<UsageRecord, 'sandbox' | 'lowered'> = {
   peakMemoryBytes: null,
   cpuMs: null,
   wallMs: null,
@@ -137,10 +141,9 @@ const NOTHING_USED: Omit<UsageRecord, 'sandbox'> = {
   exit: { code: null, signal: null },
 };
 
-function usageEvent({ exit, sandbox, ...used }: UsageRecord): Json {
+function usageOf({ exit, sandbox, lowered, ...used }: UsageRecord): JsonObject {
   const { asked, applied, missing } = sandbox;
   return {
-    kind: 'usage',
     peak_memory_bytes: used.peakMemoryBytes,
     cpu_ms: used.cpuMs === null ? null : Math.round(used.cpuMs),
     wall_ms: used.wallMs === null ? null : Math.round(used.wallMs),
@@ -150,7 +153,12 @@ function usageEvent({ exit, sandbox, ...used }: UsageRecord): Json {
     signal: exit.signal,
     sandbox: {
       asked: { tier: asked.tier, controls: [...asked.controls], required: [...asked.required] },
-      applied: { tier: applied.tier, cgroup: applied.cgroup, controls: { ...applied.controls } },
+      applied: {
+        tier: applied.tier,
+        cgroup: applied.cgroup,
+        controls: { ...applied.controls },
+        ...(Object.keys(lowered).length > 0 && { lowered }),
+      },
       missing: [...missing],
     },
   };
@@ -315,7 +323,7 @@ class Attempt {
         taskId: task.id,
         jobId: task.job_id,
         folders: inside,
-        meta: metaObject(task.meta),
+        trace: traceContext(this.#ctx.lease, metaObject(task.meta)),
       }),
     };
   }

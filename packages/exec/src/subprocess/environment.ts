@@ -2,7 +2,7 @@
  * The environment of a program. Nothing of the node's own reaches it but what the operator lets through by name: that holds the
  * node's key and its dispatcher's address.
  */
-import { MillraceError, type JsonObject } from '@millrace/runner';
+import { MillraceError, isTraceparent, type JsonObject, type LeaseEnvelope } from '@millrace/runner';
 import { EVENTS_FD } from '../process/child.ts';
 import { SAFE_PATH } from '../process/find-program.ts';
 
@@ -24,18 +24,18 @@ export interface EnvironmentOptions {
     readonly work: string;
     readonly temp: string;
   };
-  /** The task's meta, for the trace it belongs to. */
-  readonly meta: JsonObject;
+  /** The trace it belongs to, see {@link traceContext}. */
+  readonly trace: Readonly<Record<string, string>>;
 }
 
 export function programEnvironment(options: EnvironmentOptions): Record<string, string> {
-  const { folders, meta } = options;
+  const { folders, trace } = options;
   return {
     PATH: SAFE_PATH,
     LANG: 'C.UTF-8',
     HOME: folders.work,
     TMPDIR: folders.temp,
-    ...traceContext(meta),
+    ...trace,
     ...options.task,
     ...options.operator,
     MILLRACE_RUN_ID: options.runId,
@@ -81,10 +81,16 @@ export function checkVariable(where: string, name: string, value: unknown): asse
   else if (value.includes('\0')) refuse('must not contain a NUL character');
 }
 
-/** W3C Trace Context, under the names OpenTelemetry reads from the environment. */
-export function traceContext({ traceparent, tracestate }: JsonObject): Record<string, string> {
-  const parent = /^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$/;
-  if (typeof traceparent !== 'string' || !parent.test(traceparent)) return {};
+/**
+ * W3C Trace Context, under the names OpenTelemetry reads from the environment: the trace of the lease, else the one that the
+ * task's meta names.
+ */
+export function traceContext(
+  lease: Pick<LeaseEnvelope, 'traceparent'>,
+  { traceparent, tracestate }: JsonObject,
+): Record<string, string> {
+  if (lease.traceparent !== undefined) return { TRACEPARENT: lease.traceparent };
+  if (!isTraceparent(traceparent)) return {};
   const state = typeof tracestate === 'string' && /^[\x20-\x7e]{1,512}$/.test(tracestate);
   return { TRACEPARENT: traceparent, ...(state ? { TRACESTATE: tracestate } : {}) };
 }

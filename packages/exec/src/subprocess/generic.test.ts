@@ -1,8 +1,11 @@
 import { describe, expect, test } from 'vitest';
 import type { Json, JsonObject } from '@millrace/runner';
+import { MAX_SCRIPT_BYTES, taskSpec, type TaskKind } from '@millrace/runner/model';
+import { RunnerError, makeRunId } from '@millrace/runner/plugin';
+import { createTestContext } from '@millrace/runner/testing';
 import { subprocessRunner, type SubprocessRunnerOptions } from './generic.ts';
 import { fail, perform, printed, succeed } from './programs.test.support.ts';
-import { MAX_SCRIPT_BYTES, parseSubprocessKind } from './subprocess-kind.ts';
+import { programOf, subprocessExtras, subprocessKindOf } from './subprocess-kind.ts';
 
 function runner(options: Partial<SubprocessRunnerOptions> = {}): ReturnType<typeof subprocessRunner> {
   return subprocessRunner({
@@ -111,18 +114,25 @@ describe('meta as the kind "subprocess"', () => {
     mode: { script: { runtime: 'bash', body: 'ZWNobw==', ...more } },
   });
 
-  test('may stand under a member of that name, beside the trace', () => {
-    expect(parseSubprocessKind({ subprocess: { mode, cwd: 'a' }, traceparent: 'x' })).toMatchObject({
-      command: 'ls',
-      cwd: 'a',
+  test("may stand under a member of that name, beside what is not the runner's", () => {
+    const wrapped = subprocessKindOf({
+      subprocess: { mode, cwd: 'a' },
+      traceparent: 'x',
+      supervision: {},
     });
-    expect(parseSubprocessKind({ mode })).toEqual({
-      command: 'ls',
-      args: [],
-      script: null,
-      env: {},
-      cwd: '',
+    expect(programOf(wrapped.mode).command).toBe('ls');
+    expect(subprocessExtras(wrapped, 'meta').cwd).toBe('a');
+    const plain = subprocessKindOf({ mode, supervision: {}, env: { A: '1' }, cwd: null });
+    expect(plain).toEqual({
+      type: 'subprocess',
+      mode: { type: 'command', command: 'ls', args: [] },
+      env: [{ key: 'A', value: '1' }],
+      cwd: null,
       failOnNonZero: true,
+      extensions: {},
+    });
+    expect(subprocessExtras(plain, 'meta')).toEqual({
+      cwd: '',
       inputs: null,
       outputs: [],
       stdin: 'none',
@@ -132,21 +142,21 @@ describe('meta as the kind "subprocess"', () => {
 
   test('a script of 2 MiB is taken, and one byte more is not', () => {
     const body = (bytes: number): string => Buffer.alloc(bytes, 'x').toString('base64');
-    expect(parseSubprocessKind(script({ body: body(MAX_SCRIPT_BYTES) })).script).toHaveLength(
+    expect(programOf(subprocessKindOf(script({ body: body(MAX_SCRIPT_BYTES) })).mode).script).toHaveLength(
       MAX_SCRIPT_BYTES,
     );
-    expect(() => parseSubprocessKind(script({ body: body(MAX_SCRIPT_BYTES + 1) }))).toThrow(
-      'meta.mode.script.body: must be at most 2097152 bytes when decoded, it has 2097153',
+    expect(() => subprocessKindOf(script({ body: body(MAX_SCRIPT_BYTES + 1) }))).toThrow(
+      'meta.mode.script.body: script body must be at most 2097152 bytes, it has 2097153',
     );
   });
 
   test.each<[Json, string]>([
     [null, 'meta: must be an object, got null, or it is missing'],
     [{}, 'meta.mode: must be an object, got null, or it is missing'],
-    [{ mode: {} }, 'meta.mode: must have either command or script'],
+    [{ mode: {} }, 'meta.mode must have either command or script'],
     [
       { mode: { ...mode, ...(script({})['mode'] as JsonObject) } },
-      'meta.mode: must have either command or script',
+      'meta.mode must have either command or script',
     ],
     [
       { mode: { command: { command: ' ' } } },
@@ -154,8 +164,11 @@ describe('meta as the kind "subprocess"', () => {
     ],
     [
       { mode: { command: { command: 'ls', args: [1] } } },
-      'meta.mode.command.args[0]: must be a string, got 1',
+      'meta.mode.command.args[0] must be a string, got 1',
     ],
+    [{ mode: { command: { command: 'ls', arguments: [] } } }, 'meta.mode.command.arguments: is unknown'],
+    [script({ flag: '-c' }), 'meta.mode.script.flag: is unknown'],
+    [script({ runtime: { custom: { command: 'a', flag: 'b', c: 1 } } }), 'custom.c: is unknown'],
     [{ mode, comand: 1 }, 'meta.comand: is unknown; meta may have: mode, env'],
     [{ subprocess: { mode, x: 1 } }, 'meta.subprocess.x: is unknown'],
     [{ mode, env: [{ key: 'A B', value: '1' }] }, 'meta.env[0] must be named by letters'],
@@ -163,7 +176,7 @@ describe('meta as the kind "subprocess"', () => {
     [{ mode, env: [{ key: 'MILLRACE_TASK_ID', value: '1' }] }, 'meta.env[0] must not be one of MILLRACE_*'],
     [{ mode, cwd: '/etc' }, 'meta.cwd "/etc" must not be absolute'],
     [{ mode, cwd: '../x' }, 'meta.cwd "../x" must not have empty, "." or ".." segments'],
-    [{ mode, failOnNonZero: 1 }, 'meta.failOnNonZero: must be true or false, got 1'],
+    [{ mode, failOnNonZero: 1 }, 'meta.failOnNonZero must be true or false, got 1'],
     [{ mode, inputs: ['a', 'a'] }, 'meta.inputs[1] "a" is there twice'],
     [{ mode, inputs: ['..'] }, 'meta.inputs[0] ".." must not have'],
     [{ mode, stdin: 'tty' }, 'meta.stdin: must be "none", "input" or {"text": …}, got "tty"'],
@@ -172,11 +185,65 @@ describe('meta as the kind "subprocess"', () => {
     [script({ body: '/w==' }), 'meta.mode.script.body: not valid UTF-8'],
     [
       script({ runtime: 'ruby' }),
-      'meta.mode.script.runtime: must be bash, python, node or {"custom": …}, got "ruby"',
+      'meta.mode.script.runtime must be bash, python, node or {"custom": {"command", "flag"}}, got "ruby"',
     ],
     [script({ runtime: { custom: { command: ' ', flag: '-e' } } }), 'custom runtime command cannot be empty'],
     [script({ runtime: { custom: { command: 'ruby', flag: '' } } }), 'custom runtime flag cannot be empty'],
   ])('%j is refused', (meta, message) => {
-    expect(() => parseSubprocessKind(meta)).toThrow(message);
+    expect(() => subprocessKindOf(meta)).toThrow(message);
+  });
+});
+
+describe('the plugin of /exec/subprocess/v1', () => {
+  const kind: TaskKind = {
+    type: 'subprocess',
+    mode: { type: 'command', command: 'env', args: [] },
+    env: [{ key: 'A', value: 'task' }],
+    cwd: null,
+    failOnNonZero: true,
+    extensions: {},
+  };
+  const spec = (kind: TaskKind) => taskSpec({ slot: 's', kind, timeoutMs: 1_000 });
+  const context = (env: { readonly key: string; readonly value: string }[] = []) => ({
+    env,
+    metrics: { recordRunnerError: () => undefined },
+  });
+
+  test('is named after the kind, or after its capability, or as the operator says', () => {
+    expect(runner().plugin.name).toBe('subprocess');
+    expect(runner({ capability: '/tools/gpu/v1' }).plugin.name).toBe('tools-gpu-v1');
+    expect(runner({ capability: '/tools/gpu/v1', name: 'gpu' }).plugin.name).toBe('gpu');
+  });
+
+  test("builds what may run many times, with the variables of the router below the runner's and above the task's", async () => {
+    const { plugin } = runner({ allowEnv: ['A', 'B', 'C'], env: { C: 'runner' } });
+    expect(plugin.supports(spec(kind))).toBe(true);
+    const lent = ['A', 'B', 'C'].map((key) => ({ key, value: 'router' }));
+    const built = plugin.buildTask(spec(kind), context(lent), makeRunId(plugin.name, 's'));
+    expect(built.name).toMatch(/^subprocess-s-\d+$/);
+    for (let i = 0; i < 2; i += 1) {
+      await using ctx = createTestContext({});
+      await built.run(ctx);
+      expect(printed(ctx)).toEqual(expect.arrayContaining(['A=router', 'B=router', 'C=runner']));
+    }
+  });
+
+  test('refuses another kind, and what is not allowed, before anything is started', () => {
+    const { plugin } = runner();
+    const build =
+      (kind: TaskKind, env = context()) =>
+      (): unknown =>
+        plugin.buildTask(spec(kind), env, makeRunId('x', 's'));
+    const wasm: TaskKind = { type: 'wasm', module: 'm', args: [], env: [], extensions: {} };
+    expect(plugin.supports(spec(wasm))).toBe(false);
+    expect(build(wasm)).toThrow("unsupported task kind for runner 'subprocess': wasm");
+    expect(build({ ...kind, mode: { type: 'command', command: 'ls', args: [] } })).toThrow(
+      expect.objectContaining({ variant: 'InvalidSpec', code: 'permission_denied' }) as RunnerError,
+    );
+    expect(build(kind)).toThrow(/^invalid specification: meta.env: variable A is not allowed/);
+    expect(build({ ...kind, env: [], extensions: { output: [] } })).toThrow(/meta.output: is unknown/);
+    expect(build({ ...kind, env: [] }, context([{ key: 'a b', value: '' }]))).toThrow(
+      /env\[0\] must be named/,
+    );
   });
 });

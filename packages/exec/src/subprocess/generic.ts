@@ -1,14 +1,24 @@
 /** The ready-made capability for any program the operator allows. */
 import { isAbsolute } from 'node:path';
-import { MillraceError, checkCapability, type Clock, type Logger, type TaskContext } from '@millrace/runner';
+import {
+  MillraceError,
+  checkCapability,
+  type Clock,
+  type Logger,
+  type TaskContext,
+  type TaskSpec as LeasedTask,
+} from '@millrace/runner';
+import { mergeEnv, type SubprocessKind } from '@millrace/runner/model';
+import { RunnerError, nameOfCapability, type KindRunner, type RunnerPlugin } from '@millrace/runner/plugin';
 import { checkMetaValues, parseArguments } from './arguments.ts';
 import { metaObject, type AttemptPlan } from './attempt.ts';
 import { operatorEnvironment } from './environment.ts';
 import { nameInputs } from './inputs.ts';
+import { checkAllowedEnv, lentEnvironment } from './kind-plugin.ts';
 import { checkLimits, lowerLimits, type SubprocessLimits } from './limits.ts';
 import { parseOutputs } from './outputs.ts';
 import { sandboxWish, type SandboxOptions } from './sandbox-options.ts';
-import { parseSubprocessKind } from './subprocess-kind.ts';
+import { programOf, subprocessExtras, subprocessKindOf } from './subprocess-kind.ts';
 import { ProgramRunner, type SubprocessRunner } from './subprocess-runner.ts';
 
 /** The capability of {@link subprocessRunner} unless it is given another. */
@@ -29,6 +39,8 @@ export interface SubprocessRunnerOptions {
   readonly allowEnv?: readonly string[];
   /** Default {@link SUBPROCESS_CAPABILITY}. */
   readonly capability?: string;
+  /** Its name in run ids; no two runners of a node may have one name. Default `subprocess`, or one made of the capability. */
+  readonly name?: string;
   /** Set by the operator; wins over the task's. Default none. */
   readonly env?: Readonly<Record<string, string>>;
   /** Variables of the node's own environment programs are given, by name. Each must be set. Default none. */
@@ -48,7 +60,7 @@ export interface SubprocessRunnerOptions {
  *
  * @throws MillraceError `invalid_argument`, naming the option.
  */
-export function subprocessRunner(options: SubprocessRunnerOptions): SubprocessRunner {
+export function subprocessRunner(options: SubprocessRunnerOptions): SubprocessRunner & KindRunner {
   const { capability = SUBPROCESS_CAPABILITY, allow, allowEnv = [] } = options;
   checkCapability(capability);
   if (!Array.isArray(allow) || allow.length === 0) {
@@ -67,17 +79,35 @@ export function subprocessRunner(options: SubprocessRunnerOptions): SubprocessRu
       `${capability}: allow must list names or absolute paths, got ${JSON.stringify(wrong)}`,
     );
   }
-  const operatorEnv = operatorEnvironment(options.env ?? {}, options.envFrom ?? [], process.env);
-  const limits = checkLimits('limits', options.limits ?? {});
-  return new ProgramRunner({
+  const policy: Policy = {
+    allow,
+    allowEnv,
+    operatorEnv: operatorEnvironment(options.env ?? {}, options.envFrom ?? [], process.env),
+    limits: checkLimits('limits', options.limits ?? {}),
+    sandbox: options.sandbox ?? {},
+  };
+  const kindOf = (task: Pick<LeasedTask, 'meta'>): SubprocessKind => subprocessKindOf(task.meta);
+  const programs = new ProgramRunner({
     capability,
     wish: sandboxWish(options.sandbox ?? {}, options.limits ?? {}),
     cgroupParent: options.sandbox?.cgroupParent,
     workDir: options.workDir,
     clock: options.clock,
     log: options.log,
-    plan: (ctx) => plan(ctx, { allow, allowEnv, operatorEnv, limits, sandbox: options.sandbox ?? {} }),
+    plan: (ctx) => planner(kindOf(ctx.lease.task), policy, {})(ctx),
   });
+  const name =
+    options.name ?? (capability === SUBPROCESS_CAPABILITY ? 'subprocess' : nameOfCapability(capability));
+  const plugin: RunnerPlugin = {
+    name,
+    supports: (spec) => spec.kind.type === 'subprocess',
+    buildTask({ kind }, context, runId) {
+      if (kind.type !== 'subprocess') throw RunnerError.unsupportedKind(name, kind.type);
+      const plan = RunnerError.specified(() => planner(kind, policy, lentEnvironment(context)));
+      return { name: runId.name, run: (ctx) => programs.perform(ctx, plan) };
+    },
+  };
+  return Object.assign(programs, { plugin, kindOf });
 }
 
 interface Policy {
@@ -88,55 +118,58 @@ interface Policy {
   readonly sandbox: SandboxOptions;
 }
 
-function plan({ lease: { task } }: TaskContext, policy: Policy): Omit<AttemptPlan, 'sandbox'> {
-  const kind = parseSubprocessKind(task.meta);
-  if (!policy.allow.includes(kind.command)) {
+/** Checks everything that does not depend on the lease. `lent`: variables of the operator for all runners. */
+function planner(
+  kind: SubprocessKind,
+  policy: Policy,
+  lent: Readonly<Record<string, string>>,
+): (ctx: TaskContext) => Omit<AttemptPlan, 'sandbox'> {
+  const { command, args: texts, script } = programOf(kind.mode);
+  if (!policy.allow.includes(command)) {
     throw new MillraceError(
       'permission_denied',
-      `command ${JSON.stringify(kind.command)} is not allowed on this node; allowed: ${policy.allow.join(', ')}`,
+      `command ${JSON.stringify(command)} is not allowed on this node; allowed: ${policy.allow.join(', ')}`,
     );
   }
-  const variable = Object.keys(kind.env).find(
-    (name) => !policy.allowEnv.includes(name) && !policy.allowEnv.includes('*'),
-  );
-  if (variable !== undefined) {
-    throw new MillraceError(
-      'permission_denied',
-      `meta.env: variable ${variable} is not allowed on this node; allowed: ${policy.allowEnv.join(', ') || 'none'}`,
-    );
-  }
-  const cids = task.inputs_cids;
-  const inputs =
-    kind.inputs === null
-      ? cids.map((cid) => ({ cid, name: null }))
-      : [...nameInputs(cids, kind.inputs)].map(([name, cid]) => ({ cid, name }));
-  const [first] = cids;
-  if (kind.stdin === 'input' && first === undefined) {
-    throw new MillraceError('invalid_argument', 'inputs_cids must name an input, meta.stdin reads it');
-  }
-  const args = parseArguments('meta.args', kind.args, 'text');
-  const meta = metaObject(task.meta);
-  checkMetaValues(args, meta);
-  return {
-    command: kind.command,
+  const extras = subprocessExtras(kind, 'meta');
+  checkAllowedEnv(kind.env, policy.allowEnv);
+  const args = parseArguments('meta.args', texts, 'text');
+  const fixed = {
+    command,
     args,
-    script: kind.script,
-    operatorEnv: policy.operatorEnv,
-    taskEnv: kind.env,
-    cwd: kind.cwd,
-    stdin:
-      kind.stdin === 'none'
-        ? { kind: 'none' }
-        : kind.stdin === 'input'
-          ? { kind: 'input', cid: first! }
-          : { kind: 'text', text: kind.stdin.text },
-    inputs: kind.stdin === 'input' ? inputs.slice(1) : inputs,
-    outputs: parseOutputs('meta.outputs', kind.outputs),
-    limits: lowerLimits('meta.limits', policy.limits, kind.limits),
+    script,
+    operatorEnv: { ...lent, ...policy.operatorEnv },
+    taskEnv: mergeEnv(kind.env, []),
+    cwd: extras.cwd,
+    outputs: parseOutputs('meta.outputs', extras.outputs),
+    limits: lowerLimits('meta.limits', policy.limits, extras.limits),
     failOnNonZero: kind.failOnNonZero,
-    meta,
     network: policy.sandbox.network ?? false,
     readable: policy.sandbox.readable ?? [],
     devices: policy.sandbox.devices ?? [],
+  };
+  return ({ lease: { task } }) => {
+    const cids = task.inputs_cids;
+    const inputs =
+      extras.inputs === null
+        ? cids.map((cid) => ({ cid, name: null }))
+        : [...nameInputs(cids, extras.inputs)].map(([name, cid]) => ({ cid, name }));
+    const [first] = cids;
+    if (extras.stdin === 'input' && first === undefined) {
+      throw new MillraceError('invalid_argument', 'inputs_cids must name an input, meta.stdin reads it');
+    }
+    const meta = metaObject(task.meta);
+    checkMetaValues(args, meta);
+    return {
+      ...fixed,
+      stdin:
+        extras.stdin === 'none'
+          ? { kind: 'none' }
+          : extras.stdin === 'input'
+            ? { kind: 'input', cid: first! }
+            : { kind: 'text', text: extras.stdin.text },
+      inputs: extras.stdin === 'input' ? inputs.slice(1) : inputs,
+      meta,
+    };
   };
 }

@@ -39,8 +39,9 @@ export class OutputLines {
     this.#partial[stream] = lines.pop() ?? '';
     for (const line of lines) this.#line(stream, line);
     while (this.#partial[stream].length >= MAX_LINE) {
-      this.#emit(stream, this.#partial[stream].slice(0, MAX_LINE));
-      this.#partial[stream] = this.#partial[stream].slice(MAX_LINE);
+      const end = cutAt(this.#partial[stream], 0);
+      this.#emit(stream, this.#partial[stream].slice(0, end));
+      this.#partial[stream] = this.#partial[stream].slice(end);
     }
   }
 
@@ -69,7 +70,10 @@ export class OutputLines {
   }
 
   #line(stream: OutputStream, line: string): void {
-    for (let at = 0; at < line.length; at += MAX_LINE) this.#emit(stream, line.slice(at, at + MAX_LINE));
+    for (let at = 0, end; at < line.length; at = end) {
+      end = cutAt(line, at);
+      this.#emit(stream, line.slice(at, end));
+    }
   }
 
   #emit(stream: OutputStream, line: string): void {
@@ -79,4 +83,11 @@ export class OutputLines {
     if (stream === 'stdout') this.#log.info(message, { stream });
     else this.#log.warn(message, { stream });
   }
+}
+
+/** Where a line that is longer is broken: not within a character of two halves, which would be none any more. */
+function cutAt(line: string, from: number): number {
+  const end = from + MAX_LINE;
+  const last = line.charCodeAt(end - 1);
+  return last >= 0xd800 && last <= 0xdbff ? end - 1 : end;
 }

@@ -6,22 +6,33 @@
  *
  * or, for a script, `{"mode": {"script": {"runtime": "python", "body": "<base64>", "args": []}}}`. All of it may stand under a
  * member `subprocess`. Unknown members are refused, so that a misspelt one is not silently ignored.
+ *
+ * `mode`, `env`, `cwd` and `failOnNonZero` are the model's; `inputs`, `outputs`, `stdin` and `limits` are ours, and extensions to it.
  */
 import { MillraceError, type Json, type JsonObject } from '@millrace/runner';
+import {
+  parseSubprocess,
+  resolveRuntime,
+  scriptBody,
+  type SubprocessKind,
+  type SubprocessMode,
+} from '@millrace/runner/model';
 import { checkRelativePath } from './file-names.ts';
 import { checkVariable } from './environment.ts';
 import { checkInputNames } from './inputs.ts';
 
-export interface SubprocessKind {
-  /** As given. */
+/** The model's part. */
+export interface Program {
   readonly command: string;
   readonly args: readonly string[];
   /** Text of a script that `command` is to run, from a file. */
   readonly script: string | null;
-  readonly env: Readonly<Record<string, string>>;
+}
+
+/** What the model has no rules for. */
+export interface SubprocessExtras {
   /** Relative to the task's own folder; empty for that itself. */
   readonly cwd: string;
-  readonly failOnNonZero: boolean;
   /** Null: the names they are stored by. */
   readonly inputs: readonly string[] | null;
   readonly outputs: readonly string[];
@@ -29,106 +40,88 @@ export interface SubprocessKind {
   readonly limits: JsonObject;
 }
 
-/** Decoded, in bytes. */
-export const MAX_SCRIPT_BYTES = 2 * 1024 ** 2;
+const EXTENSIONS = ['inputs', 'outputs', 'stdin', 'limits'];
+const MEMBERS = ['mode', 'env', 'cwd', 'failOnNonZero', ...EXTENSIONS];
 
-const INTERPRETERS: Readonly<Record<string, string>> = { bash: 'bash', python: 'python3', node: 'node' };
+/** May stand beside the kind in any task's meta: they are not the runner's. */
+export const BESIDE = ['traceparent', 'tracestate', 'supervision'];
 
 /** @throws MillraceError `invalid_argument`, naming the member by its path, the rule and the value. */
-export function parseSubprocessKind(meta: Json): SubprocessKind {
+export function subprocessKindOf(meta: Json): SubprocessKind {
   const outer = object('meta', meta);
   const wrapped = outer['subprocess'] !== undefined;
   const at = wrapped ? 'meta.subprocess' : 'meta';
-  const kind = wrapped ? object(at, outer['subprocess']!) : outer;
-  onlyMembers(at, kind, [
-    'mode',
-    'env',
-    'cwd',
-    'failOnNonZero',
-    'inputs',
-    'outputs',
-    'stdin',
-    'limits',
-    ...(wrapped ? [] : TRACE),
-  ]);
-  if (wrapped) onlyMembers('meta', outer, ['subprocess', ...TRACE]);
-  const { inputs, outputs, cwd, failOnNonZero, limits } = kind;
+  const raw = wrapped ? object(at, outer['subprocess']!) : outer;
+  onlyMembers(at, raw, wrapped ? MEMBERS : [...MEMBERS, ...BESIDE]);
+  if (wrapped) onlyMembers('meta', outer, ['subprocess', ...BESIDE]);
+  checkModeMembers(`${at}.mode`, raw['mode'] ?? null);
+  const kind = parseSubprocess(
+    present({ ...without(raw, BESIDE), env: envList(`${at}.env`, raw['env']) }),
+    at,
+  );
+  subprocessExtras(kind, at);
+  return kind;
+}
+
+/** @throws MillraceError `invalid_argument`, naming the member below `at`. */
+export function subprocessExtras(kind: SubprocessKind, at: string): SubprocessExtras {
+  const { inputs, outputs, stdin, limits } = kind.extensions;
+  onlyMembers(at, kind.extensions, EXTENSIONS);
+  checkEnvNames(`${at}.env`, kind.env);
   const inputNames = inputs == null ? null : strings(`${at}.inputs`, inputs);
   if (inputNames !== null) checkInputNames(`${at}.inputs`, inputNames);
   return {
-    ...parseMode(`${at}.mode`, kind['mode'] ?? null),
-    env: parseEnv(`${at}.env`, kind['env'] ?? []),
-    cwd: cwd == null ? '' : checkRelativePath(`${at}.cwd`, string(`${at}.cwd`, cwd)),
-    failOnNonZero: failOnNonZero == null ? true : boolean(`${at}.failOnNonZero`, failOnNonZero),
+    cwd: kind.cwd === null ? '' : checkRelativePath(`${at}.cwd`, kind.cwd),
     inputs: inputNames,
     outputs: outputs == null ? [] : strings(`${at}.outputs`, outputs),
-    stdin: parseStdin(`${at}.stdin`, kind['stdin'] ?? 'none'),
+    stdin: parseStdin(`${at}.stdin`, stdin ?? 'none'),
     limits: limits == null ? {} : object(`${at}.limits`, limits),
   };
 }
 
-/** May stand beside the kind in any task's meta. */
-export const TRACE = ['traceparent', 'tracestate'];
+/** Scripts are run from a file, so that a long one fits; a runtime's flag is not used. */
+export function programOf(mode: SubprocessMode): Program {
+  return mode.type === 'command'
+    ? { command: mode.command, args: mode.args, script: null }
+    : { command: resolveRuntime(mode.runtime).command, args: mode.args, script: scriptBody(mode) };
+}
 
-function parseMode(at: string, value: Json): Pick<SubprocessKind, 'command' | 'args' | 'script'> {
+/** The model ignores what it does not know; here it is a mistake. */
+function checkModeMembers(at: string, value: Json): void {
   const mode = object(at, value);
   onlyMembers(at, mode, ['command', 'script']);
-  if ((mode['command'] === undefined) === (mode['script'] === undefined)) {
-    throw invalid(at, 'must have either command or script');
-  }
-  if (mode['script'] !== undefined) return parseScript(`${at}.script`, mode['script']);
-  const inner = object(`${at}.command`, mode['command']!);
-  onlyMembers(`${at}.command`, inner, ['command', 'args']);
-  const command = string(`${at}.command.command`, inner['command'] ?? null);
-  if (command.trim() === '') throw invalid(`${at}.command.command`, 'subprocess command cannot be empty');
-  return { command, args: strings(`${at}.command.args`, inner['args'] ?? []), script: null };
+  const { command, script } = mode;
+  if (command !== undefined)
+    onlyMembers(`${at}.command`, object(`${at}.command`, command), ['command', 'args']);
+  if (script === undefined) return;
+  const members = object(`${at}.script`, script);
+  onlyMembers(`${at}.script`, members, ['runtime', 'body', 'args']);
+  const { runtime } = members;
+  if (typeof runtime !== 'object' || runtime === null || Array.isArray(runtime)) return;
+  onlyMembers(`${at}.script.runtime`, runtime, ['custom']);
+  const custom = object(`${at}.script.runtime.custom`, runtime['custom'] ?? null);
+  onlyMembers(`${at}.script.runtime.custom`, custom, ['command', 'flag']);
 }
 
-function parseScript(at: string, value: Json): Pick<SubprocessKind, 'command' | 'args' | 'script'> {
-  const script = object(at, value);
-  onlyMembers(at, script, ['runtime', 'body', 'args']);
-  return {
-    command: parseRuntime(`${at}.runtime`, script['runtime'] ?? null),
-    args: strings(`${at}.args`, script['args'] ?? []),
-    script: decodeBody(`${at}.body`, string(`${at}.body`, script['body'] ?? null)),
-  };
+/** The model's form of an environment; it may be written as an object, too. */
+export function envList(at: string, value: Json | undefined): JsonObject[] {
+  return Object.entries(parseEnv(at, value ?? [])).map(([key, text]) => ({ key, value: text }));
 }
 
-/** Scripts are run from a file, so that a long one fits; the flag of a custom runtime is checked, and not used. */
-function parseRuntime(at: string, value: Json): string {
-  if (typeof value === 'string') {
-    const interpreter = Object.hasOwn(INTERPRETERS, value) ? INTERPRETERS[value] : undefined;
-    if (interpreter !== undefined) return interpreter;
-    throw invalid(
-      at,
-      `must be ${Object.keys(INTERPRETERS).join(', ')} or {"custom": …}, got ${JSON.stringify(value)}`,
-    );
-  }
-  const runtime = object(at, value);
-  onlyMembers(at, runtime, ['custom']);
-  const custom = object(`${at}.custom`, runtime['custom'] ?? null);
-  onlyMembers(`${at}.custom`, custom, ['command', 'flag']);
-  for (const member of ['command', 'flag'] as const) {
-    if (string(`${at}.custom.${member}`, custom[member] ?? null).trim() === '') {
-      throw invalid(`${at}.custom.${member}`, `custom runtime ${member} cannot be empty`);
-    }
-  }
-  return custom['command'] as string;
+export function checkEnvNames(
+  at: string,
+  env: readonly { readonly key: string; readonly value: string }[],
+): void {
+  env.forEach(({ key, value }, index) => checkVariable(`${at}[${index}]`, key, value));
 }
 
-function decodeBody(at: string, body: string): string {
-  if (body === '') throw invalid(at, 'script body cannot be empty');
-  if (!/^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$/.test(body))
-    throw invalid(at, 'invalid base64 body');
-  const bytes = Buffer.from(body, 'base64');
-  if (bytes.byteLength > MAX_SCRIPT_BYTES) {
-    throw invalid(at, `must be at most ${MAX_SCRIPT_BYTES} bytes when decoded, it has ${bytes.byteLength}`);
-  }
-  try {
-    return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes);
-  } catch {
-    throw invalid(at, 'not valid UTF-8');
-  }
+/** Null is as good as absent. */
+export function present(value: JsonObject): JsonObject {
+  return Object.fromEntries(Object.entries(value).filter(([, entry]) => entry !== null));
+}
+
+export function without(value: JsonObject, names: readonly string[]): JsonObject {
+  return Object.fromEntries(Object.entries(value).filter(([key]) => !names.includes(key)));
 }
 
 /** A list, in which the last entry of a key wins, or an object. */
@@ -148,7 +141,7 @@ export function parseEnv(at: string, value: Json): Record<string, string> {
   return env;
 }
 
-function parseStdin(at: string, value: Json): SubprocessKind['stdin'] {
+function parseStdin(at: string, value: Json): SubprocessExtras['stdin'] {
   if (value === 'none' || value === 'input') return value;
   if (typeof value === 'string')
     throw invalid(at, `must be "none", "input" or {"text": …}, got ${JSON.stringify(value)}`);

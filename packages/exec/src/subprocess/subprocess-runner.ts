@@ -6,6 +6,7 @@ import {
   type Clock,
   type Logger,
   type Runner,
+  type RunnerHost,
   type TaskContext,
 } from '@millrace/runner';
 import { UsageSampler } from '../process/usage-sampler.ts';
@@ -33,22 +34,37 @@ export interface RunnerSettings {
 }
 
 export class ProgramRunner implements SubprocessRunner {
+  readonly type = 'subprocess';
   readonly capability: string;
   readonly #settings: RunnerSettings;
   readonly #sampler: UsageSampler;
   readonly #stopping = new AbortController();
   readonly #running = new Set<Promise<void>>();
+  #log: Logger | undefined;
   #world: Promise<AttemptWorld> | null = null;
   #closed: Promise<void> | null = null;
 
   constructor(settings: RunnerSettings) {
     this.capability = settings.capability;
     this.#settings = settings;
+    this.#log = settings.log;
     this.#sampler = new UsageSampler(settings.clock ?? systemClock);
   }
 
+  /** Examines the sandbox, ends and removes what a killed node left, and tells what is missing. */
+  async onNodeStart({ log }: RunnerHost): Promise<void> {
+    if (process.platform !== 'linux') return;
+    this.#log ??= log;
+    await this.#prepared();
+  }
+
   run(ctx: TaskContext): Promise<void> {
-    const running = this.#run(ctx).finally(() => this.#running.delete(running));
+    return this.perform(ctx, this.#settings.plan);
+  }
+
+  /** As {@link run}, with a plan that was made before. */
+  perform(ctx: TaskContext, plan: RunnerSettings['plan']): Promise<void> {
+    const running = this.#run(ctx, plan).finally(() => this.#running.delete(running));
     this.#running.add(running);
     return running;
   }
@@ -63,18 +79,14 @@ export class ProgramRunner implements SubprocessRunner {
     return this.close();
   }
 
-  async #run(given: TaskContext): Promise<void> {
+  async #run(given: TaskContext, planOf: RunnerSettings['plan']): Promise<void> {
     if (process.platform !== 'linux') {
       throw new MillraceError('unimplemented', `subprocess runners need Linux, this is ${process.platform}`);
     }
     const signal = AbortSignal.any([given.signal, this.#stopping.signal]);
     if (signal.aborted) throw abortOf(signal);
-    const plan = this.#settings.plan(given);
-    this.#world ??= this.#prepare().catch((error: unknown) => {
-      this.#world = null;
-      throw error;
-    });
-    const world = await this.#world;
+    const plan = planOf(given);
+    const world = await this.#prepared();
     if (signal.aborted) throw abortOf(signal);
     const sandbox = planSandbox(this.#settings.wish, world.findings.report);
     const { lease, input, output, ctrl, accessToken, log } = given;
@@ -82,8 +94,18 @@ export class ProgramRunner implements SubprocessRunner {
     await runAttempt(ctx, { ...plan, sandbox }, world);
   }
 
+  /** By whoever comes first, for all. */
+  #prepared(): Promise<AttemptWorld> {
+    this.#world ??= this.#prepare().catch((error: unknown) => {
+      this.#world = null;
+      throw error;
+    });
+    return this.#world;
+  }
+
   async #prepare(): Promise<AttemptWorld> {
-    const { cgroupParent, clock = systemClock, log, workDir = defaultWorkDir(), wish } = this.#settings;
+    const { cgroupParent, clock = systemClock, workDir = defaultWorkDir(), wish } = this.#settings;
+    const log = this.#log;
     const findings = await sandboxFindings({
       clock,
       ...(cgroupParent === undefined ? {} : { cgroupParent }),
@@ -95,7 +117,8 @@ export class ProgramRunner implements SubprocessRunner {
 
   /** Once: what the operator might take for granted and does not have. */
   #tell({ report }: SandboxFindings, wish: SandboxWish): void {
-    const { log, capability } = this.#settings;
+    const { capability } = this.#settings;
+    const log = this.#log;
     for (const warning of report.warnings) log?.warn(warning, { capability });
     try {
       const { applied, missing } = planSandbox(wish, report);

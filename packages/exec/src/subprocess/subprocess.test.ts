@@ -1,6 +1,9 @@
+import { execFile } from 'node:child_process';
 import { chmod, mkdir, readdir, writeFile } from 'node:fs/promises';
 import { existsSync } from 'node:fs';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
 import { describe, expect, test, vi } from 'vitest';
 import { MillraceError, TaskAbort, type JsonObject } from '@millrace/runner';
 import { createTestContext, runnerSuite } from '@millrace/runner/testing';
@@ -190,6 +193,15 @@ describe('binding a program to a capability', () => {
         'MILLRACE_EVENTS_FD=3',
       ]),
     );
+  });
+
+  test('the trace of the lease reaches the program, before the one of the meta', async () => {
+    const [ofLease, ofMeta] = ['a', 'c'].map((digit) => `00-${digit.repeat(32)}-${'b'.repeat(16)}-01`);
+    const { ctx } = await succeed(shell('echo "$TRACEPARENT"', plain), {
+      lease: { traceparent: ofLease! },
+      task: { meta: { traceparent: ofMeta!, tracestate: 'a=b' } },
+    });
+    expect(printed(ctx)).toEqual([ofLease]);
   });
 
   test('progress, events and log lines arrive; what is not understood is counted and never fatal', async () => {
@@ -615,6 +627,30 @@ describe('what a sandbox shows, and what it refuses', () => {
       /^sandbox control network is required, and tier none does not have it on this machine/,
     );
     expect(ctx.calls.filter(({ port }) => port === 'input')).toEqual([]);
+  });
+
+  test("a limit above the node's own is lowered to that, and the record says so", async (context) => {
+    needsControl(context, 'limits', 'open_files');
+    const script = `
+      import { subprocess } from ${JSON.stringify(import.meta.resolve('./subprocess.js'))};
+      import { createTestContext } from '@millrace/runner/testing';
+      const runner = subprocess({ capability: '/test/v1', command: 'sh', args: ['-c', 'ulimit -Hn'],
+        limits: { openFiles: 5000 }, sandbox: { tier: 'limits' } });
+      const ctx = createTestContext();
+      await runner.run(ctx);
+      const { sandbox } = ctx.events.find(({ kind }) => kind === 'usage');
+      console.log(JSON.stringify([ctx.logs.map(({ message }) => message), sandbox.applied.lowered]));
+      await ctx.close();`;
+    const { stdout } = await promisify(execFile)(
+      'sh',
+      ['-c', 'ulimit -n 300; exec "$@"', 'sh', process.execPath, '--input-type=module', '-e', script],
+      { cwd: dirname(fileURLToPath(import.meta.url)) },
+    );
+    expect(JSON.parse(stdout)).toEqual([['300'], { openFiles: 300 }]);
+    const { usage } = await succeed(
+      shell('true', { sandbox: { tier: 'limits' }, limits: { openFiles: 64 } }),
+    );
+    expect(usage).not.toHaveProperty('sandbox.applied.lowered');
   });
 
   test.each<[string, Partial<SubprocessOptions>, string]>([

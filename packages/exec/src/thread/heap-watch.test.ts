@@ -110,7 +110,7 @@ test('where there is no inspector for workers, V8’s own limit ends a leak', as
       const module = join(folder, 'leak.mjs');
       writeFileSync(module, 'export default { capability: "/leak/v1", async run() { const kept = []; for (;;) kept.push({}); } };');
       const runner = await openThreadRunner({ module, limits: { memoryMiB: 32 } });
-      const ctx = { lease: {}, signal: new AbortController().signal };
+      const ctx = { lease: {}, ctrl: {}, signal: new AbortController().signal };
       const error = await runner.run(ctx).catch((error) => error);
       await runner.close();
       rmSync(folder, { recursive: true });

@@ -143,6 +143,7 @@ export class HeapGuard {
   #sampling = false;
   /** Above this much in use, a collection tells how much is live. Kept a little above what was live last. */
   #checkAboveMiB: number;
+  #peakBytes = 0;
 
   constructor(options: {
     readonly watch: HeapWatch;
@@ -159,8 +160,14 @@ export class HeapGuard {
     this.#checkAboveMiB = options.limitMiB;
   }
 
+  /** The most heap in use that was seen since {@link start}; null: it was not looked at, ten times a second. */
+  get peakBytes(): number | null {
+    return this.#peakBytes === 0 ? null : this.#peakBytes;
+  }
+
   start(): void {
     this.#active = true;
+    this.#peakBytes = 0;
     if (this.#timer === null && !this.#sampling) this.#arm();
   }
 
@@ -178,6 +185,7 @@ export class HeapGuard {
     this.#timer = null;
     this.#sampling = true;
     const used = (await this.#watch.used(this.#thread)) ?? 0;
+    if (this.#active) this.#peakBytes = Math.max(this.#peakBytes, used);
     if (used > this.#checkAboveMiB * MIB && this.#active) {
       const live = ((await this.#watch.live(this.#thread)) ?? 0) / MIB;
       const slack = Math.max(32, this.#limitMiB / 8);

@@ -8,6 +8,9 @@ import { MillraceError, TaskAbort } from '@millrace/runner';
 
 const CHECK_TIMEOUT_MS = 10_000;
 
+/** For the node, which counts such trouble. */
+const LOAD_FAILED = { ending: 'load_failed' };
+
 /** @returns the error with the file's name, the place, and what to do. */
 export async function loadProblem(
   path: string,
@@ -18,7 +21,11 @@ export async function loadProblem(
   const what = `runner module ${path}`;
   if (MillraceError.is(error)) {
     const { code, details, retryable } = error;
-    return new MillraceError(code, `${what}: ${error.message}`, { cause: error, details, retryable });
+    return new MillraceError(code, `${what}: ${error.message}`, {
+      cause: error,
+      details: { ...details, ...LOAD_FAILED },
+      retryable,
+    });
   }
   const { name, message, code } = error as Error & { readonly code?: string };
   if (code === 'ERR_MODULE_NOT_FOUND' || code === 'MODULE_NOT_FOUND') {
@@ -26,12 +33,14 @@ export async function loadProblem(
     const advice = 'install the package in the folder of the module, or correct the import';
     return new MillraceError('not_found', `${what} imports what is not there: ${first}; ${advice}`, {
       cause: error,
+      details: LOAD_FAILED,
     });
   }
   if (code === 'ERR_UNKNOWN_FILE_EXTENSION' && message.includes('.ts')) {
     const advice = 'a JavaScript module can import only JavaScript; name the runner module .ts';
     return new MillraceError('invalid_argument', `${what} imports TypeScript: ${message}; ${advice}`, {
       cause: error,
+      details: LOAD_FAILED,
     });
   }
   if (name === 'TransformError' || name === 'SyntaxError') {
@@ -46,10 +55,12 @@ export async function loadProblem(
       : '; correct it and start again';
     return new MillraceError('invalid_argument', `${what} has a syntax error: ${problem}${advice}`, {
       cause: error,
+      details: LOAD_FAILED,
     });
   }
   return new MillraceError('invalid_argument', `${what} threw while it was loaded: ${name}: ${message}`, {
     cause: error,
+    details: LOAD_FAILED,
   });
 }
 

@@ -62,4 +62,20 @@ describe('output of a module', () => {
     output.end();
     expect(notes.at(-1)).toEqual(info('xxxxx'));
   });
+
+  test('a long line is broken between characters, whether or not it came whole', () => {
+    const text = `x${'😀'.repeat(MAX_LINE_BYTES)}`;
+    for (const ending of ['', '\n']) {
+      const { output, notes } = lines(10 * MAX_LINE_BYTES);
+      output.write('stdout', Buffer.from(text + ending));
+      output.end();
+      const messages = notes.map((note) => (note.kind === 'log' ? note.message : ''));
+      expect(messages.join('')).toBe(text);
+      expect(messages).toHaveLength(3);
+      for (const message of messages) {
+        expect(message.length).toBeLessThanOrEqual(MAX_LINE_BYTES);
+        expect(Buffer.from(message).toString()).toBe(message);
+      }
+    }
+  });
 });

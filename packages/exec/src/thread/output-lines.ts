@@ -39,8 +39,9 @@ export class OutputLines {
     this.#partial[stream] = lines.pop() ?? '';
     for (const line of lines) this.#line(stream, line);
     while (this.#partial[stream].length >= MAX_LINE_BYTES) {
-      this.#line(stream, this.#partial[stream].slice(0, MAX_LINE_BYTES));
-      this.#partial[stream] = this.#partial[stream].slice(MAX_LINE_BYTES);
+      const end = cutAt(this.#partial[stream]);
+      this.#emitLine(stream, this.#partial[stream].slice(0, end));
+      this.#partial[stream] = this.#partial[stream].slice(end);
     }
   }
 
@@ -62,10 +63,24 @@ export class OutputLines {
   }
 
   #line(stream: OutputStream, line: string): void {
-    const message = line.endsWith('\r') ? line.slice(0, -1) : line;
-    if (message === '') return;
+    let rest = line.endsWith('\r') ? line.slice(0, -1) : line;
+    while (rest.length > MAX_LINE_BYTES) {
+      const end = cutAt(rest);
+      this.#emitLine(stream, rest.slice(0, end));
+      rest = rest.slice(end);
+    }
+    if (rest !== '') this.#emitLine(stream, rest);
+  }
+
+  #emitLine(stream: OutputStream, message: string): void {
     this.#emit({ kind: 'log', level: stream === 'stdout' ? 'info' : 'warn', message, fields: { stream } });
   }
+}
+
+/** Where a longer line is broken: not within a character of two halves, which would be none any more. */
+function cutAt(line: string): number {
+  const last = line.charCodeAt(MAX_LINE_BYTES - 1);
+  return last >= 0xd800 && last <= 0xdbff ? MAX_LINE_BYTES - 1 : MAX_LINE_BYTES;
 }
 
 /** Sends everything written to this thread's stdout and stderr to `write` instead. */

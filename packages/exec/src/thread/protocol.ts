@@ -54,7 +54,8 @@ export type ToThread =
   | StreamMessage;
 
 export type ToEngine =
-  | { readonly t: 'loaded'; readonly capability: string }
+  /** `thread`: the kernel's number of it, where it tells. */
+  | { readonly t: 'loaded'; readonly capability: string; readonly thread: number | null }
   | { readonly t: 'load-failed'; readonly error: WireError }
   | { readonly t: 'call'; readonly task: number; readonly id: number; readonly call: Call }
   /** The caller's own signal aborted; the answer is no longer wanted. */

@@ -15,13 +15,14 @@
  */
 import { MessageChannel, Worker } from 'node:worker_threads';
 import { MillraceError, TaskAbort } from '@millrace/runner';
-import type { Clock, Logger, TaskContext, Timer } from '@millrace/runner';
+import type { Clock, JsonObject, Logger, TaskContext, Timer } from '@millrace/runner';
 import type { ThreadLimits } from '../thread-runner.ts';
 import { ContextHost, abortOf } from './context-host.ts';
 import { HEADROOM_MIB, HeapGuard } from './heap-watch.ts';
 import type { HeapWatch } from './heap-watch.ts';
 import { FLAG } from './protocol.ts';
 import type { ThreadData, ToEngine, ToThread, TokenAnswer, TokenRequest } from './protocol.ts';
+import { ThreadMeter } from './thread-meter.ts';
 import { decodeError, encodeError } from './wire-error.ts';
 
 /** Output kept outside of tasks: while loading, and of what tasks left behind. */
@@ -48,6 +49,8 @@ interface Current {
   /** What ends it whatever the module says. The first one stays. */
   cause: Error | null;
   grace: Timer | null;
+  /** CPU time of the thread when it began. */
+  readonly cpuBefore: number | null;
   /** The thread is done with it, or is itself gone. */
   finish(failure: Error | null): void;
 }
@@ -61,6 +64,9 @@ export class RunnerThread {
   readonly #tokens: MessageChannel['port1'];
   readonly #flags = new Int32Array(new SharedArrayBuffer(2 * Int32Array.BYTES_PER_ELEMENT));
   readonly #heap: HeapGuard | null;
+  #meter = new ThreadMeter(null);
+  /** Of the thread, when it was last looked at: it cannot be once it is gone. */
+  #cpuMs: number | null = null;
   readonly #gone: Promise<void>;
   #ended = false;
   #killed = false;
@@ -204,17 +210,23 @@ export class RunnerThread {
         host,
         cause: null,
         grace: null,
+        cpuBefore: this.#readCpu(),
         finish: (failure) => {
           this.#current = null;
+          const usage = this.#usage(current);
           wall.cancel();
           current.grace?.cancel();
           ctx.signal.removeEventListener('abort', onAbort);
           this.#heap?.stop();
-          void host.close().then(() => {
-            const error = current.cause ?? failure;
-            if (error === null) resolve();
-            else reject(error);
-          }, reject);
+          void host
+            .close()
+            // A context that has ended has nobody to tell.
+            .then(() => ctx.ctrl.usage?.(usage).catch(() => undefined))
+            .then(() => {
+              const error = current.cause ?? failure;
+              if (error === null) resolve();
+              else reject(error);
+            }, reject);
         },
       };
       this.#current = current;
@@ -229,6 +241,7 @@ export class RunnerThread {
     if (cause && this.#current) this.#current.cause ??= cause;
     if (!this.#killed && !this.#ended) {
       this.#killed = true;
+      this.#readCpu();
       // Terminating interrupts JavaScript and WebAssembly anywhere; native code has to return first, and may
       // not.
       const { clock, limits, log } = this.#options;
@@ -262,6 +275,21 @@ export class RunnerThread {
     await this.kill();
   }
 
+  /** The newest known. */
+  #readCpu(): number | null {
+    this.#cpuMs = this.#meter.cpuMs() ?? this.#cpuMs;
+    return this.#cpuMs;
+  }
+
+  /** What the task used, for the node. It is the thread's that has it for itself. */
+  #usage({ cpuBefore }: Current): JsonObject {
+    const cpuMs = this.#readCpu();
+    return {
+      cpu_ms: cpuMs === null || cpuBefore === null ? null : Math.round((cpuMs - cpuBefore) * 1000) / 1000,
+      peak_memory_bytes: this.#heap?.peakBytes ?? null,
+    };
+  }
+
   /** Tells the module to stop, and stops it after the grace. */
   #abort(current: Current, cause: Error, told: TaskAbort): void {
     if (this.#current !== current || current.cause !== null) return;
@@ -283,6 +311,7 @@ export class RunnerThread {
     switch (message.t) {
       case 'loaded':
         this.capability = message.capability;
+        this.#meter = new ThreadMeter(message.thread);
         this.#load?.loaded();
         return;
       case 'load-failed':
@@ -352,6 +381,7 @@ export class RunnerThread {
 
   #onExit(code: number): void {
     this.#ended = true;
+    this.#meter[Symbol.dispose]();
     this.#port.close();
     this.#tokens.close();
     const reason =

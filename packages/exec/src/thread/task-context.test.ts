@@ -1,6 +1,6 @@
 import { describe, expect, test } from 'vitest';
 import type { Note } from './protocol.ts';
-import { MAX_PENDING_NOTES, NoteQueue } from './task-context.ts';
+import { MAX_PENDING_NOTES, MAX_PENDING_OUTPUT, NoteQueue } from './task-context.ts';
 
 const event = (value: number): Note => ({ kind: 'event', value });
 const progress = (value: number): Note => ({ kind: 'progress', value });
@@ -54,5 +54,27 @@ describe('notes of a task', () => {
     for (let i = 0; i < 2 * MAX_PENDING_NOTES; i += 1) void notes.add(event(i), { bounded: false });
     notes.flush();
     expect(batches[1]).toHaveLength(2 * MAX_PENDING_NOTES);
+  });
+
+  test('output that piles up is kept to its bound, then dropped and counted', () => {
+    const { notes, batches } = queue();
+    const line = (chars: number): Note => ({
+      kind: 'log',
+      level: 'info',
+      message: 'x'.repeat(chars),
+      fields: {},
+    });
+    const output = (chars: number): void => void notes.add(line(chars), { bounded: false });
+    void notes.add(event(0));
+    output(MAX_PENDING_OUTPUT - 1);
+    output(1);
+    output(1);
+    output(1);
+    notes.taken();
+    expect(batches[1]).toHaveLength(3);
+    expect(batches[1]?.at(-1)).toMatchObject({ level: 'warn', fields: { dropped: 2 } });
+    output(1);
+    notes.taken();
+    expect(batches[2]).toHaveLength(1);
   });
 });

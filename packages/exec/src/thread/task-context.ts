@@ -43,6 +43,8 @@ import { decodeError } from './wire-error.ts';
 
 /** Events and log lines kept for sending while an earlier batch is under way. */
 export const MAX_PENDING_NOTES = 1024;
+/** Characters of output that may wait, whatever `logBytes` allows in all: more than its default. */
+export const MAX_PENDING_OUTPUT = 4 * 1024 * 1024;
 /** Calls under way at once; more wait their turn, so that a loop without `await` floods nobody. */
 export const MAX_CALLS = 64;
 /** The engine's thread answers in well under a millisecond unless it is busy. */
@@ -118,7 +120,7 @@ export class ThreadTask {
     }
   }
 
-  /** Adds a line of output, which has a bound of its own and so is never dropped here. */
+  /** Adds a line of output. It has a bound of its own, `logBytes`; dropped here is only what a larger one lets pile up. */
   addOutput(note: Note): void {
     void this.#notes.add(note, { bounded: false });
   }
@@ -415,6 +417,8 @@ export class NoteQueue {
   #pending: Note[] = [];
   /** How many of them count against the bound. */
   #bounded = 0;
+  /** Characters of output among them. */
+  #outputChars = 0;
   /** Where in them the newest progress value is. */
   #progressAt: number | null = null;
   /** Resolved when what is pending has been sent. */
@@ -435,7 +439,13 @@ export class NoteQueue {
     if (note.kind === 'progress') {
       if (this.#progressAt !== null) this.#pending.splice(this.#progressAt, 1);
       this.#progressAt = this.#pending.length;
-    } else if (bounded) {
+    } else if (!bounded) {
+      if (this.#outputChars >= MAX_PENDING_OUTPUT) {
+        this.#dropped += 1;
+        return this.#whenSent();
+      }
+      if (note.kind === 'log') this.#outputChars += note.message.length;
+    } else {
       if (this.#bounded >= MAX_PENDING_NOTES) {
         this.#dropped += 1;
         return this.#whenSent();
@@ -457,6 +467,7 @@ export class NoteQueue {
     const notes = this.#pending;
     this.#pending = [];
     this.#bounded = 0;
+    this.#outputChars = 0;
     this.#progressAt = null;
     if (this.#dropped > 0) {
       notes.push({

@@ -14,6 +14,7 @@ import type { Post } from './byte-streams.ts';
 import { OutputLines, captureOutput } from './output-lines.ts';
 import type { ThreadData, ToEngine, ToThread } from './protocol.ts';
 import { ThreadTask } from './task-context.ts';
+import { threadNumber } from './thread-meter.ts';
 import { encodeError } from './wire-error.ts';
 
 interface Work {
@@ -30,6 +31,7 @@ const post = ports.main.postMessage.bind(ports.main) as Post<ToEngine>;
 const attribution = new AsyncLocalStorage<Work>();
 let running: Work | null = null;
 let runner: Runner;
+const thread = threadNumber();
 
 const strayOutput = new OutputLines(data.strayLogBytes, (note) =>
   post({ t: 'notes', task: null, notes: [note] }),
@@ -57,7 +59,7 @@ void start();
 async function start(): Promise<void> {
   try {
     runner = await load();
-    post({ t: 'loaded', capability: runner.capability });
+    post({ t: 'loaded', capability: runner.capability, thread });
   } catch (error) {
     post({ t: 'load-failed', error: encodeError(error) });
   }
