@@ -32,9 +32,21 @@ export interface Instance {
   close(): Promise<void>;
 }
 
+/** A plugin file, as its operator vouches for it. */
+export interface Plugin {
+  readonly bytes: Uint8Array;
+  /** The sha256 it must have, as 64 hex digits. */
+  readonly digest: string;
+}
+
 export interface EngineConfig {
   /** Guest memory in MiB for engines that fix it when they are opened. Engines of this package take it per invocation. */
   readonly maxMemoryMb?: number;
+  /**
+   * Modules that computes of the `wasm` engine may be linked against, such as Javy's. Each is held to its digest when the
+   * engine is opened. Default none.
+   */
+  readonly plugins?: readonly Plugin[];
   /** Worker threads to run guests in, owned by whoever made them. Default: the engine opens its own, and closes them. */
   readonly pool?: GuestPool;
 }

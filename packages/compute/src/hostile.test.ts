@@ -11,10 +11,19 @@ import type { ComputeReason } from './errors.ts';
 import { echo, list, program, wasiImports, wat } from './fixtures/wat.ts';
 import type { InvokeOptions, Metrics } from './limits.ts';
 import { ComputeManager } from './manager.ts';
+import { refOf } from './artifact.ts';
 import './identity.ts';
+import './quickjs/engine.ts';
 import './wasm/engine.ts';
 import { formatRef, storeRef } from './ref.ts';
-import { compositeResolver, folderResolver, memoryResolver, writeArtifact } from './resolver.ts';
+import {
+  cachedResolver,
+  compositeResolver,
+  folderResolver,
+  memoryResolver,
+  writeArtifact,
+  type Resolver,
+} from './resolver.ts';
 
 const memory = memoryResolver();
 let folder: string;
@@ -960,6 +969,37 @@ describe('hostile stores', () => {
     await writeFile(join(folder, storeRef(ref)), echo(13));
     expect(Buffer.from(await fresh.run(ref, '[2]')).toString()).toBe('[2]');
     await expect(manager.run(ref, '[3]')).rejects.toMatchObject({ code: 'data_loss' });
+  });
+
+  test('an artifact stored under a wrong engine runs as soon as that is set right, whatever was kept of it', async () => {
+    const wasm = echo(15);
+    const ref = refOf(wasm);
+    let engine = 'warp';
+    let asked = 0;
+    const source: Resolver = {
+      resolve: () => {
+        asked += 1;
+        return Promise.resolve({ ...ref, engine, wasm });
+      },
+    };
+    const dir = join(folder, 'cache');
+    const resolver = compositeResolver(
+      folderResolver({ dir: join(folder, 'none') }),
+      cachedResolver(source, { dir }),
+    );
+    await using node = new ComputeManager(resolver, {}, { workers: 1 });
+    await expect(node.run(ref, '{}')).rejects.toThrow(/unknown engine "warp"/);
+    engine = 'quickjs';
+    await expect(node.run(ref, '{}')).rejects.toMatchObject({
+      details: expect.objectContaining({ reason: 'module' }) as object,
+    });
+    engine = 'wasm';
+    for (let round = 0; round < 2; round += 1) {
+      expect(Buffer.from(await node.run(ref, '[4]')).toString()).toBe('[4]');
+    }
+    await using restarted = new ComputeManager(resolver, {}, { workers: 1 });
+    expect(Buffer.from(await restarted.run(ref, '[5]')).toString()).toBe('[5]');
+    expect(asked).toBe(3);
   });
 
   test('a truncated file is refused', async () => {

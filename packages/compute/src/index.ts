@@ -18,15 +18,17 @@ export {
 } from './limits.ts';
 export type { InvokeOptions, Limits, Metrics } from './limits.ts';
 export { engineNames, openEngine, registerEngine } from './engine.ts';
-export type { Engine, EngineConfig, EngineConstructor, Instance } from './engine.ts';
+export type { Engine, EngineConfig, EngineConstructor, Instance, Plugin } from './engine.ts';
 export {
   cachedResolver,
   compositeResolver,
   folderResolver,
   memoryResolver,
+  readOrigin,
   writeArtifact,
 } from './resolver.ts';
 export type {
+  ArtifactOrigin,
   CachedResolverOptions,
   FolderOptions,
   MemoryResolver,
@@ -34,7 +36,7 @@ export type {
   Resolver,
 } from './resolver.ts';
 export { ComputeManager } from './manager.ts';
-export type { ComputeManagerOptions, ComputeRun } from './manager.ts';
+export type { ComputeManagerOptions, Runner } from './manager.ts';
 export { GuestPool } from './pool/guest-pool.ts';
 export type { GuestPoolOptions } from './pool/guest-pool.ts';
 export { isolatedEngine } from './isolated-engine.ts';
@@ -58,4 +60,7 @@ export { inspectCompute } from './build/inspect.ts';
 export type { ComputeSummary } from './build/inspect.ts';
 export { resolveOps } from './build/ops.ts';
 export type { ResolvedOps } from './build/ops.ts';
+export { DEFAULT_WASI_COMMAND_LIMITS, WasiCommands } from './command/wasi-commands.ts';
+export type { WasiCommandLimits, WasiEnding, WasiGrants, WasiMount } from './command/wasi-commands.ts';
 export { mapTrace } from './build/trace.ts';
+export { jsonProblem } from './json-text.ts';

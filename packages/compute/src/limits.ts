@@ -141,6 +141,14 @@ const BOUNDS = {
   maxTableEntries: [0, 10_000_000],
 } as const satisfies Partial<Record<keyof Limits, readonly [number, number]>>;
 
+/** What a module may need at most, wherever it runs: past these no limits could be set for it. */
+export const WIDEST_LIMITS: Partial<Limits> = {
+  maxMemoryMb: BOUNDS.maxMemoryMb[1],
+  maxFunctions: BOUNDS.maxFunctions[1],
+  maxImports: BOUNDS.maxImports[1],
+  maxTableEntries: BOUNDS.maxTableEntries[1],
+};
+
 /**
  * The limits in force: `base` (by default the defaults) with what `overrides` says; `undefined` overrides nothing, and members
  * that are no limits are left out.

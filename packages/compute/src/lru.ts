@@ -3,6 +3,8 @@ export class Lru<Value> {
   readonly #max: number;
   readonly #entries = new Map<string, { readonly value: Value; readonly weight: number }>();
   #weight = 0;
+  /** The key that is last in the map: moving it there again would be most of what a look-up costs. */
+  #newest: string | null = null;
 
   constructor(maxWeight: number) {
     this.#max = maxWeight;
@@ -15,8 +17,11 @@ export class Lru<Value> {
   get(key: string): Value | undefined {
     const entry = this.#entries.get(key);
     if (entry === undefined) return undefined;
-    this.#entries.delete(key);
-    this.#entries.set(key, entry);
+    if (key !== this.#newest) {
+      this.#entries.delete(key);
+      this.#entries.set(key, entry);
+      this.#newest = key;
+    }
     return entry.value;
   }
 
@@ -24,6 +29,7 @@ export class Lru<Value> {
     this.delete(key);
     if (weight > this.#max) return;
     this.#entries.set(key, { value, weight });
+    this.#newest = key;
     this.#weight += weight;
     for (const [oldest] of this.#entries) {
       if (this.#weight <= this.#max) return;

@@ -7,6 +7,7 @@ import { echo, list, program, wasiImports, wat } from './fixtures/wat.ts';
 import './identity.ts';
 import type { Metrics } from './limits.ts';
 import { ComputeManager } from './manager.ts';
+import { SHARED_BYTES } from './pool/slot.ts';
 import { formatRef } from './ref.ts';
 import { memoryResolver } from './resolver.ts';
 import type { Resolver } from './resolver.ts';
@@ -146,6 +147,63 @@ describe('a run', () => {
       ),
     );
     for (let round = 0; round < 3; round += 1) expect(text(await manager.run(ref, ''))).toBe('[1,1]');
+  });
+
+  test('starts from nothing also where its instance was made ahead of it', async () => {
+    const { manager, add } = open(1);
+    await using _ = manager;
+    // Counts in a global, in a table's size and in its memory.
+    const ref = add(
+      program(
+        `(global.set $count (i32.add (global.get $count) (i32.const 1)))
+         (drop (table.grow $table (ref.null func) (i32.const 1)))
+         (i32.store (i32.const 2048) (i32.add (i32.load (i32.const 2048)) (i32.const 1)))
+         ${list('(global.get $count)', '(table.size $table)', '(i32.load (i32.const 2048))')}`,
+        { fields: '(global $count (mut i32) (i32.const 0)) (table $table 0 funcref)' },
+      ),
+    );
+    const other = add(program(list('(i32.const 7)')));
+    for (let round = 0; round < 6; round += 1) expect(text(await manager.run(ref, '{}'))).toBe('[1,1,1]');
+    // What was made ahead is for the same code, with the same limits, and for nothing else.
+    expect(text(await manager.run(other, '{}'))).toBe('[7]');
+    expect(text(await manager.run(ref, '{}', { maxMemoryMb: 16 }))).toBe('[1,1,1]');
+    expect(text(await manager.run(ref, '{}'))).toBe('[1,1,1]');
+    const { signal } = new AbortController();
+    for (let round = 0; round < 3; round += 1)
+      expect(text(await manager.run(ref, '{}', { signal }))).toBe('[1,1,1]');
+  });
+
+  test('that cannot be instantiated says so each time, and hinders nobody', async () => {
+    const { manager, add } = open(1);
+    await using _ = manager;
+    const ref = add(wat('(module (memory 1) (data (i32.const 70000) "x") (func (export "_start")))'));
+    const good = add(program(list('(i32.const 7)')));
+    for (let round = 0; round < 4; round += 1) {
+      await expect(manager.run(ref, '{}')).rejects.toMatchObject({ details: { reason: 'trap' } });
+    }
+    expect(text(await manager.run(good, '{}'))).toBe('[7]');
+  });
+
+  test('gives inputs and outputs of every size back whole, large and small ones in turn', async () => {
+    const { manager, add } = open(1);
+    await using _ = manager;
+    const ref = add(echo());
+    const sizes = [2, SHARED_BYTES, SHARED_BYTES + 1, 3, 200_000, SHARED_BYTES - 1, 4, 2];
+    for (const [index, size] of sizes.entries()) {
+      const input = JSON.stringify(String(index).repeat(size - 2));
+      expect(text(await manager.run(ref, input))).toBe(input);
+    }
+    // A small input with a large output, and the other way round.
+    const many = add(
+      program(`(call $write (i32.const 1) (i32.const 50) (i32.const 1))
+        (local.set $a (i32.const 20000))
+        (loop $more (call $num (local.get $a)) (call $write (i32.const 1) (i32.const 51) (i32.const 1))
+          (br_if $more (local.tee $a (i32.sub (local.get $a) (i32.const 1)))))
+        (call $num (i32.const 0)) (call $write (i32.const 1) (i32.const 52) (i32.const 1))`),
+    );
+    expect(JSON.parse(text(await manager.run(many, '{}')))).toHaveLength(20_001);
+    const few = add(program(list('(i32.const 1)')));
+    expect(text(await manager.run(few, JSON.stringify('x'.repeat(100_000))))).toBe('[1]');
   });
 
   test('with another memory limit is another module', async () => {

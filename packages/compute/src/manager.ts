@@ -1,9 +1,9 @@
 /** The face most embedders need: a ref and an input in, the output out. */
 import { verifyArtifact } from './artifact.ts';
 import type { Artifact } from './artifact.ts';
-import type { Engine } from './engine.ts';
+import type { Engine, Plugin } from './engine.ts';
 import { openEngine } from './engine.ts';
-import { computeError } from './errors.ts';
+import { computeError, computeReason } from './errors.ts';
 import { resolveLimits } from './limits.ts';
 import type { InvokeOptions, Limits } from './limits.ts';
 import { Lru } from './lru.ts';
@@ -13,19 +13,20 @@ import { checkRef, formatRef, requireRef } from './ref.ts';
 import type { Ref } from './ref.ts';
 import type { Resolver } from './resolver.ts';
 
-/** Runs a compute by its ref. */
-export interface ComputeRun {
+/** Runs a compute by its ref. What depends on computes asks for this, and tests hand it something smaller than a manager. */
+export interface Runner {
   run(ref: Ref | string, input: Uint8Array | string, options?: InvokeOptions): Promise<Uint8Array>;
 }
 
 export interface ComputeManagerOptions extends GuestPoolOptions {
   /** Engines to have ready after {@link ComputeManager.ready}. Default `wasm`. Others are opened when they are needed. */
   readonly engines?: readonly string[];
+  /** What computes of the `wasm` engine may be linked against, each held to its digest. Default none. */
+  readonly plugins?: readonly Plugin[];
   /** Artifacts kept in memory, in bytes, so that a warm call asks nobody. Default 256 MiB. */
   readonly maxCacheBytes?: number;
 }
 
-const utf8 = new TextEncoder();
 const CACHE_BYTES = 256 * 1024 * 1024;
 
 /**
@@ -35,12 +36,15 @@ const CACHE_BYTES = 256 * 1024 * 1024;
  * It owns worker threads, started by the first run that needs one or by {@link ready}. While nothing runs they do not
  * keep the process alive; `close` ends them.
  */
-export class ComputeManager implements ComputeRun, AsyncDisposable {
+export class ComputeManager implements Runner, AsyncDisposable {
   readonly #resolver: Resolver | null;
   readonly #limits: Limits;
   readonly #warm: readonly string[];
+  readonly #plugins: readonly Plugin[];
   readonly #pool: GuestPool;
   readonly #engines = new Map<string, Promise<Engine>>();
+  /** Those of them that have been opened. */
+  readonly #opened = new Map<string, Engine>();
   readonly #artifacts: Lru<Artifact>;
   #closed: Promise<void> | null = null;
 
@@ -52,6 +56,7 @@ export class ComputeManager implements ComputeRun, AsyncDisposable {
     this.#resolver = resolver;
     this.#limits = resolveLimits(limits);
     this.#warm = options.engines ?? ['wasm'];
+    this.#plugins = options.plugins ?? [];
     this.#pool = new GuestPool(options);
     this.#artifacts = new Lru(options.maxCacheBytes ?? CACHE_BYTES);
   }
@@ -79,15 +84,25 @@ export class ComputeManager implements ComputeRun, AsyncDisposable {
     if (this.#resolver === null) {
       throw computeError('failed_precondition', 'host', 'compute: no resolver configured');
     }
-    const artifact = await this.#artifact(this.#resolver, refOf(ref), limits, signal);
-    const engine = await this.#engine(artifact.engine);
-    const instance = await engine.load(artifact);
+    const wanted = refOf(ref);
+    const key = formatRef(wanted);
+    // What is at hand is not waited for: each turn of the queue is some of what a warm call costs.
+    const artifact =
+      this.#artifacts.get(key) ?? (await this.#fetch(this.#resolver, wanted, key, limits, signal));
     try {
-      const bytes = typeof input === 'string' ? utf8.encode(input) : input;
-      return await instance.invoke(bytes, limits, signal);
-    } finally {
-      // The run has its ending; failing to let go of an instance does not change it.
-      await instance.close().catch(() => undefined);
+      const engine = this.#opened.get(artifact.engine) ?? (await this.#engine(artifact.engine));
+      const instance = await engine.load(artifact);
+      try {
+        const bytes = typeof input === 'string' ? Buffer.from(input) : input;
+        return await instance.invoke(bytes, limits, signal);
+      } finally {
+        // The run has its ending; failing to let go of an instance does not change it.
+        await instance.close().catch(() => undefined);
+      }
+    } catch (error) {
+      const reason = computeReason(error);
+      if (reason === 'unknown-engine' || reason === 'module') await this.#forget(wanted, key);
+      throw error;
     }
   }
 
@@ -110,28 +125,40 @@ export class ComputeManager implements ComputeRun, AsyncDisposable {
   }
 
   /** Verified, whoever found it; kept by the digest it was verified with. */
-  async #artifact(
+  async #fetch(
     resolver: Resolver,
     ref: Ref,
+    key: string,
     limits: Limits,
     signal: AbortSignal | undefined,
   ): Promise<Artifact> {
-    const key = formatRef(ref);
-    const kept = this.#artifacts.get(key);
-    if (kept !== undefined) return kept;
     const found = await resolver.resolve(ref, signal === undefined ? {} : { signal });
     const artifact = verifyArtifact(ref, found, limits.maxModuleBytes);
     this.#artifacts.set(key, artifact, artifact.wasm.byteLength + 1_024);
     return artifact;
   }
 
+  /** What no engine would take may be known under the wrong engine: the next run asks again. */
+  async #forget(ref: Ref, key: string): Promise<void> {
+    this.#artifacts.delete(key);
+    // The run has its ending, and a cache that cannot be written to does not change it.
+    await this.#resolver?.forget?.(ref).catch(() => undefined);
+  }
+
   #engine(name: string): Promise<Engine> {
     const known = this.#engines.get(name);
     if (known !== undefined) return known;
-    const opening = openEngine(name, { pool: this.#pool, maxMemoryMb: this.#limits.maxMemoryMb });
+    const opening = openEngine(name, {
+      pool: this.#pool,
+      maxMemoryMb: this.#limits.maxMemoryMb,
+      plugins: this.#plugins,
+    });
     this.#engines.set(name, opening);
-    // A failure is not remembered: the engine may be registered later.
-    opening.catch(() => this.#engines.delete(name));
+    opening.then(
+      (engine) => this.#opened.set(name, engine),
+      // A failure is not remembered: the engine may be registered later.
+      () => this.#engines.delete(name),
+    );
     return opening;
   }
 }

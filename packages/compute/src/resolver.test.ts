@@ -12,6 +12,7 @@ import {
   compositeResolver,
   folderResolver,
   memoryResolver,
+  readOrigin,
   writeArtifact,
 } from './resolver.ts';
 import type { ResolveOptions, Resolver } from './resolver.ts';
@@ -250,5 +251,18 @@ describe('a cache', () => {
     other.abort(new Error('me neither'));
     await expect(third).rejects.toThrow('me neither');
     expect(stopped).toMatchObject({ message: 'me neither' });
+  });
+});
+
+describe('the origin of an artifact', () => {
+  test('is kept beside it, and stays when the artifact is written again without', async () => {
+    const origin = { sourceBundle: bytes('{"v":1}'), sourceMap: '{"version":3}' };
+    const ref = await writeArtifact(dir, bytes('code'), 'quickjs', origin);
+    await writeArtifact(dir, bytes('code'), 'quickjs');
+    const { sourceBundle, sourceMap } = await readOrigin(dir, ref);
+    expect([Buffer.from(sourceBundle!).toString(), sourceMap]).toEqual(['{"v":1}', '{"version":3}']);
+    expect((await folderResolver({ dir }).resolve(ref)).engine).toBe('quickjs');
+    const other = await writeArtifact(dir, bytes('other'), 'wasm');
+    expect(await readOrigin(dir, other)).toEqual({ sourceBundle: null, sourceMap: null });
   });
 });

@@ -5,7 +5,7 @@
  *
  * A folder holds an artifact as the reference's file store does: the bytes at `computes/<alg>/<digest>`, and beside them
  * `<digest>.manifest.json` with the name of the engine. The manifest is not covered by the digest; at worst it names an
- * engine that refuses the bytes.
+ * engine that refuses the bytes. What the bytes were built from may lie there too: `<digest>.source.json`, `<digest>.map.json`.
  */
 import { randomUUID } from 'node:crypto';
 import { mkdir, open, readdir, rename, rm, stat, unlink, utimes, writeFile } from 'node:fs/promises';
@@ -26,6 +26,11 @@ export interface ResolveOptions {
 export interface Resolver {
   /** @throws {@link ErrNotFound} when there is none; `data_loss` (`bad-digest`) when what is there is something else. */
   resolve(ref: Ref, options?: ResolveOptions): Promise<Artifact>;
+  /**
+   * Lets go of what is kept of another's artifact, so that it is asked for again. Whoever runs artifacts calls this when
+   * the engine would not take one: the engine's name is not covered by the digest, and may have been set right since.
+   */
+  forget?(ref: Ref): Promise<void>;
 }
 
 /** Artifacts of a program that has the bytes at hand. */
@@ -68,6 +73,9 @@ export function compositeResolver(...resolvers: readonly Resolver[]): Resolver {
       }
       throw new ErrNotFound(formatRef(ref));
     },
+    async forget(ref) {
+      for (const resolver of resolvers) await resolver.forget?.(ref);
+    },
   };
 }
 
@@ -94,18 +102,43 @@ export function folderResolver(options: FolderOptions): Resolver {
   };
 }
 
+/** What an artifact was built from, as {@link buildCompute} gives it; `null` for what is not known. */
+export interface ArtifactOrigin {
+  readonly sourceBundle: Uint8Array | null;
+  readonly sourceMap: string | null;
+}
+
 /**
- * Writes an artifact into a folder and returns its ref. Writing the same bytes again changes nothing but the engine's name. Each
- * file appears whole or not at all, and the manifest first, so a reader never sees bytes without their engine.
+ * Writes an artifact into a folder and returns its ref. Writing the same bytes again changes nothing but the engine's name and
+ * the origin, where one is given. Each file appears whole or not at all, and the artifact last, so a reader never sees bytes
+ * without their engine.
  */
-export async function writeArtifact(dir: string, wasm: Uint8Array, engine: string): Promise<Ref> {
+export async function writeArtifact(
+  dir: string,
+  wasm: Uint8Array,
+  engine: string,
+  origin: ArtifactOrigin = { sourceBundle: null, sourceMap: null },
+): Promise<Ref> {
   const ref = refOf(wasm);
   const path = join(dir, storeRef(ref));
   await mkdir(dirname(path), { recursive: true });
+  const { sourceBundle, sourceMap } = origin;
+  if (sourceBundle !== null) await replaceFile(`${path}${SOURCE_ENDING}`, sourceBundle);
+  if (sourceMap !== null) await replaceFile(`${path}${MAP_ENDING}`, Buffer.from(sourceMap));
   const manifest = `${JSON.stringify({ engine, alg: ref.alg, digest: ref.digest })}\n`;
   await replaceFile(`${path}.manifest.json`, Buffer.from(manifest));
   await replaceFile(path, wasm);
   return ref;
+}
+
+/** The origin kept beside an artifact by {@link writeArtifact}. Not verified: nothing of it is ever run. */
+export async function readOrigin(dir: string, ref: Ref): Promise<ArtifactOrigin> {
+  checkRef(ref);
+  const path = join(dir, storeRef(ref));
+  const read = (ending: string): Promise<Uint8Array | null> =>
+    readWhole(`${path}${ending}`, MAX_ORIGIN_BYTES, () => new ErrNotFound());
+  const [sourceBundle, sourceMap] = await Promise.all([read(SOURCE_ENDING), read(MAP_ENDING)]);
+  return { sourceBundle, sourceMap: sourceMap === null ? null : Buffer.from(sourceMap).toString('utf8') };
 }
 
 export interface CachedResolverOptions extends FolderOptions {
@@ -152,6 +185,11 @@ class CachedResolver implements Resolver {
       fetch = started;
     }
     return this.#join(key, fetch, signal);
+  }
+
+  async forget(ref: Ref): Promise<void> {
+    checkRef(ref);
+    await removeArtifact(join(this.#dir, storeRef(ref)));
   }
 
   #join(key: string, fetch: Fetch, signal: AbortSignal | undefined): Promise<Artifact> {
@@ -214,11 +252,15 @@ class CachedResolver implements Resolver {
     let total = files.reduce((sum, file) => sum + file.size, 0);
     for (const file of files) {
       if (total <= this.#maxCacheBytes) return;
-      await rm(file.path, { force: true });
-      await rm(`${file.path}.manifest.json`, { force: true });
+      await removeArtifact(file.path);
       total -= file.size;
     }
   }
+}
+
+async function removeArtifact(path: string): Promise<void> {
+  await rm(path, { force: true });
+  await rm(`${path}.manifest.json`, { force: true });
 }
 
 interface Fetch {
@@ -228,6 +270,9 @@ interface Fetch {
 }
 
 const MAX_MANIFEST_BYTES = 64 * 1024;
+const MAX_ORIGIN_BYTES = 256 * 1024 * 1024;
+const SOURCE_ENDING = '.source.json';
+const MAP_ENDING = '.map.json';
 
 async function engineOf(path: string): Promise<string> {
   try {

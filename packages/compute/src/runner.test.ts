@@ -1,6 +1,10 @@
 import { createTestContext, runnerSuite, SimulatedClock } from '@millrace/runner/testing';
 import type { TestContextOptions } from '@millrace/runner/testing';
 import { TaskAbort } from '@millrace/runner';
+import { taskSpec } from '@millrace/runner/model';
+import type { TaskKind } from '@millrace/runner/model';
+import { makeRunId } from '@millrace/runner/plugin';
+import type { BuiltTask } from '@millrace/runner/plugin';
 import { describe, expect, test } from 'vitest';
 import { computeReason } from './errors.ts';
 import { echo, list, program, wat } from './fixtures/wat.ts';
@@ -69,6 +73,27 @@ describe('a compute task', () => {
         output_bytes: 14,
       }),
     ]);
+  });
+
+  test('may be written as the kind "wasm" of the model, and is built by a plugin for that kind only', async () => {
+    const done = await perform({ wasm: { module: echoRef, input: [7] } });
+    expect(done.output).toBe('[7]');
+    const runner = computeRunner({ resolver, workers: 1 });
+    const build = (kind: TaskKind): (() => BuiltTask) => {
+      const spec = taskSpec({ slot: 's', timeoutMs: 1_000, kind });
+      const context = { env: [], metrics: { recordRunnerError: () => undefined } };
+      return () => runner.plugin.buildTask(spec, context, makeRunId(runner.plugin.name, 's'));
+    };
+    const wasm = { type: 'wasm', module: echoRef, args: [], env: [], extensions: { input: 'x' } } as const;
+    const built = build(wasm)();
+    expect(built.name).toMatch(/^compute-s-\d+$/);
+    await using ctx = createTestContext({});
+    await built.run(ctx);
+    expect(Buffer.from(ctx.outputs.get('output.json')!).toString()).toBe('"x"');
+    expect(build({ type: 'embedded' })).toThrow("unsupported task kind for runner 'compute': embedded");
+    expect(build({ ...wasm, args: ['a'] })).toThrow(/^invalid specification: .*neither args nor env/);
+    expect(build({ ...wasm, module: 'a.wasm' })).toThrow(/^invalid specification: .*malformed compute ref/);
+    await runner.close?.();
   });
 
   test.each([

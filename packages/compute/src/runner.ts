@@ -9,11 +9,17 @@
  *   is to give the same result each time says it
  * - `seed`: of its random stream, a whole number from 0. Absent: the same for all
  *
+ * or all of it under `wasm`, as the model's kind of that name, with `module` in place of `ref`.
+ *
  * The output becomes the artifact `output.json`, diagnostics become log lines, measurements an event of type
  * `compute_metrics`.
  */
 import { MillraceError, checkCapability, systemClock } from '@millrace/runner';
-import type { Clock, Json, Runner, TaskContext } from '@millrace/runner';
+import type { Clock, Json, TaskContext } from '@millrace/runner';
+import { parseWasm } from '@millrace/runner/model';
+import type { WasmKind } from '@millrace/runner/model';
+import { RunnerError, nameOfCapability } from '@millrace/runner/plugin';
+import type { KindRunner, RunnerPlugin } from '@millrace/runner/plugin';
 import { computeError } from './errors.ts';
 import { jsonProblem } from './json-text.ts';
 import { LineSplitter } from './line-splitter.ts';
@@ -30,6 +36,8 @@ export interface ComputeRunnerOptions extends ComputeManagerOptions {
   readonly resolver: Resolver;
   /** Bounds of every task, in place of the defaults. `maxWallMs` is 60,000 here unless it says otherwise. */
   readonly limits?: Partial<Limits>;
+  /** Its name in run ids; no two runners of a node may have one name. Default `compute`, or one made of the capability. */
+  readonly name?: string;
   /** Default {@link COMPUTE_CAPABILITY}. */
   readonly capability?: string;
   readonly clock?: Clock;
@@ -46,28 +54,41 @@ const MAX_LINE_BYTES = 8 * 1024;
  *
  * @throws MillraceError `invalid_argument` for a capability, limit or option out of its bounds.
  */
-export function computeRunner(options: ComputeRunnerOptions): Runner {
+export function computeRunner(options: ComputeRunnerOptions): KindRunner {
   const capability = options.capability ?? COMPUTE_CAPABILITY;
   checkCapability(capability);
   const limits = resolveLimits({ maxWallMs: TASK_WALL_MS, ...options.limits });
   const manager = new ComputeManager(options.resolver, limits, options);
   const clock = options.clock ?? systemClock;
+  const name = options.name ?? (capability === COMPUTE_CAPABILITY ? 'compute' : nameOfCapability(capability));
+  const plugin: RunnerPlugin = {
+    name,
+    supports: (spec) => spec.kind.type === 'wasm',
+    buildTask({ kind }, _context, runId) {
+      if (kind.type !== 'wasm') throw RunnerError.unsupportedKind(name, kind.type);
+      const task = RunnerError.specified(() => taskOf(kind));
+      return { name: runId.name, run: (ctx) => perform(ctx, task, manager, limits, clock) };
+    },
+  };
   return {
     capability,
-    run: (ctx) => perform(ctx, manager, limits, clock),
+    type: 'wasm',
+    plugin,
+    kindOf: (task) => kindOf(task.meta),
+    run: async (ctx) => await perform(ctx, taskOf(kindOf(ctx.lease.task.meta)), manager, limits, clock),
     close: () => manager.close(),
   };
 }
 
 async function perform(
   ctx: TaskContext,
+  task: ComputeTask,
   manager: ComputeManager,
   limits: Limits,
   clock: Clock,
 ): Promise<void> {
   const { signal } = ctx;
   signal.throwIfAborted();
-  const task = taskOf(ctx.lease.task.meta);
   const input = await inputOf(ctx, task, limits.maxInputBytes);
   const lines = new LineSplitter(MAX_LINE_BYTES, (line) => ctx.log.info('compute log', { line }));
   let metrics: Metrics | null = null;
@@ -95,18 +116,31 @@ interface ComputeTask {
   readonly seed: bigint | null;
 }
 
-function taskOf(meta: Json): ComputeTask {
+/** The members of a task that are no part of the kind "wasm". */
+const EXTENSIONS = ['input', 'now', 'seed'];
+
+function kindOf(meta: Json): WasmKind {
   if (typeof meta !== 'object' || meta === null || Array.isArray(meta)) {
     throw badMeta('must be an object with a ref');
   }
-  const { ref, input, now = null, seed = null } = meta;
+  if (meta['wasm'] !== undefined) return parseWasm(meta['wasm'], 'meta.wasm');
+  const { ref } = meta;
   if (typeof ref !== 'string')
-    throw badMeta(`ref must be a text, compute://sha256/<digest>, got ${kind(ref)}`);
+    throw badMeta(`ref must be a text, compute://sha256/<digest>, got ${kindName(ref)}`);
+  const extensions = Object.fromEntries(Object.entries(meta).filter(([key]) => EXTENSIONS.includes(key)));
+  return { type: 'wasm', module: ref, args: [], env: [], extensions };
+}
+
+function taskOf({ module, args, env, extensions }: WasmKind): ComputeTask {
+  const { input, now = null, seed = null } = extensions;
+  if (args.length > 0 || env.length > 0) {
+    throw badMeta('must have neither args nor env: a compute gets an input, and nothing else');
+  }
   if (seed !== null && (!Number.isSafeInteger(seed) || (seed as number) < 0)) {
     throw badMeta(`seed must be a whole number from 0, got ${JSON.stringify(seed)}`);
   }
   return {
-    ref: requireRef(ref),
+    ref: requireRef(module),
     input,
     now: moment(now),
     seed: seed === null ? null : BigInt(seed as number),
@@ -167,12 +201,18 @@ async function tellMetrics(ctx: TaskContext, ref: Ref, metrics: Metrics): Promis
     log_bytes: metrics.logBytes,
     log_dropped_bytes: metrics.logDroppedBytes,
   });
+  await ctx.ctrl.usage?.({
+    peak_memory_bytes: metrics.memoryBytes,
+    fuel_used: metrics.fuelUsed,
+    bytes_in: metrics.inputBytes,
+    bytes_out: metrics.outputBytes,
+  });
 }
 
 function badMeta(rule: string): Error {
   return computeError('invalid_argument', 'bad-ref', `compute: the task's meta ${rule}`);
 }
 
-function kind(value: Json | undefined): string {
+function kindName(value: Json | undefined): string {
   return value === null ? 'null' : typeof value;
 }

@@ -229,15 +229,23 @@ describe('a compute that is WebAssembly already', () => {
   test.each([
     ['no module', new Uint8Array([1, 2, 3]), /not a WebAssembly module/],
     ['a library', Buffer.from('AGFzbQEAAAA=', 'base64'), /exports no function _start/],
-    [
-      'too hungry for the limits',
-      program('', { memory: '(memory (export "memory") 1000)' }),
-      /maxMemoryMb 32/,
-    ],
     ['not valid', program('(drop (i64.add (i32.const 1) (i64.const 1)))'), /not valid WebAssembly/],
   ])('is refused when it is %s', async (_, bytes, says) => {
     const dir = await folder({ 'bad.wasm': bytes });
-    await expect(buildCompute({ entry: path.join(dir, 'bad.wasm') })).rejects.toThrow(says);
+    const entry = path.join(dir, 'bad.wasm');
+    const refused = buildCompute({ entry });
+    await expect(refused).rejects.toThrow(says);
+    await expect(refused).rejects.toThrow(`cannot use ${entry}: `);
+  });
+
+  test('is held to the limits it is told, else to what some node might grant', async () => {
+    const entry = path.join(
+      await folder({ 'big.wasm': program('', { memory: '(memory (export "memory") 1000)' }) }),
+      'big.wasm',
+    );
+    expect((await buildCompute({ entry })).engine).toBe('wasm');
+    await expect(buildCompute({ entry, limits: { maxMemoryMb: 62 } })).rejects.toThrow(/maxMemoryMb 62/);
+    expect((await buildCompute({ entry, limits: { maxMemoryMb: 63 } })).engine).toBe('wasm');
   });
 });
 
@@ -259,6 +267,8 @@ describe('inspecting an artifact', () => {
       refusal: null,
     });
     expect(summary.imports).toHaveLength(2);
+    const wrong = await inspectCompute(program('(drop (i64.add (i32.const 1) (i64.const 1)))'));
+    expect(wrong.refusal).toMatch(/not valid WebAssembly/);
   });
 
   test('shows what JavaScript exports, and why it would be refused', async () => {

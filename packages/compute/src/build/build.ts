@@ -4,7 +4,7 @@
  * | file | engine | the bytes that are hashed and stored |
  * | --- | --- | --- |
  * | `.ts` `.mts` `.js` `.mjs` | `quickjs` | UTF-8 text of one ECMAScript module without imports, whose default export is the compute |
- * | `.wasm` | `wasm` | the file as it is, once the engine would accept it |
+ * | `.wasm` | `wasm` | the file as it is, if there are limits under which the engine accepts it |
  *
  * The manifest beside the bytes is the reference's, `{"engine","alg","digest"}`; the engine is not part of what is hashed.
  */
@@ -13,16 +13,18 @@ import path from 'node:path';
 import { MillraceError } from '@millrace/runner';
 import { refOf } from '../artifact.ts';
 import { computeError } from '../errors.ts';
+import { WIDEST_LIMITS } from '../limits.ts';
 import type { Limits } from '../limits.ts';
 import { formatRef } from '../ref.ts';
 import { inspectModule } from '../wasm/inspect.ts';
 import { bundle } from './bundle.ts';
 import type { BundledFile } from './bundle.ts';
+import { invalidity } from './inspect.ts';
 
 export interface BuildComputeOptions {
   /** The file: `.ts`, `.mts`, `.js`, `.mjs` or `.wasm`. */
   readonly entry: string;
-  /** What a `.wasm` file is held against, in place of the default limits. */
+  /** What a `.wasm` file is held against. Default: as much as any limits could grant, since each node has limits of its own. */
   readonly limits?: Partial<Limits>;
 }
 
@@ -105,13 +107,19 @@ async function readEntry(file: string, given: string): Promise<Uint8Array> {
 }
 
 function checkedWasm(bytes: Uint8Array, { entry, limits }: BuildComputeOptions): Uint8Array {
-  const { refusal } = inspectModule(bytes, limits);
-  if (refusal === null && WebAssembly.validate(bytes)) return bytes;
-  throw computeError(
-    'invalid_argument',
-    'module',
-    `compute: cannot use ${entry}: ${refusal ?? 'module refused: it is not valid WebAssembly'}`,
-  );
+  const refusal = refusalOf(bytes, limits ?? WIDEST_LIMITS);
+  if (refusal === null) return bytes;
+  throw computeError('invalid_argument', 'module', `compute: cannot use ${entry}: ${refusal}`);
+}
+
+function refusalOf(bytes: Uint8Array, limits: Partial<Limits>): string | null {
+  try {
+    const { refusal } = inspectModule(bytes, limits);
+    // What a module linked to a plugin imports is held against the plugin where there is one.
+    return refusal ?? invalidity(bytes);
+  } catch (error) {
+    return (error as Error).message;
+  }
 }
 
 /** As the reference encodes it: no spaces, and these characters always as escapes. */

@@ -34,7 +34,10 @@ export async function inspectCompute(
   limits: Partial<Limits> = {},
 ): Promise<ComputeSummary> {
   const ref = formatRef(refOf(bytes));
-  if (bytes[0] === 0 && bytes[1] === 0x61) return { ref, engine: 'wasm', ...inspectModule(bytes, limits) };
+  if (bytes[0] === 0 && bytes[1] === 0x61) {
+    const summary = inspectModule(bytes, limits);
+    return { ref, engine: 'wasm', ...summary, refusal: summary.refusal ?? invalidity(bytes) };
+  }
   const text = new TextDecoder('utf-8', { fatal: true });
   let code: string;
   try {
@@ -65,6 +68,11 @@ export async function inspectCompute(
         ? null
         : 'it has no default export';
   return { ref, engine: 'quickjs', bytes: bytes.byteLength, imports, exports, memory: null, refusal };
+}
+
+/** What V8 has against a module that is well formed, or `null`. */
+export function invalidity(wasm: Uint8Array): string | null {
+  return WebAssembly.validate(wasm) ? null : 'module refused: it is not valid WebAssembly';
 }
 
 function neither(why: string): Error {

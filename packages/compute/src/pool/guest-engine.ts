@@ -14,6 +14,13 @@ export type GuestLimits = Readonly<
   }
 >;
 
+/** Verified bytes an engine needs besides the artifact, in shared memory. */
+export interface Library {
+  /** The sha256 of the bytes, in hex. */
+  readonly digest: string;
+  readonly bytes: Uint8Array;
+}
+
 /** The export `guest` of a module an engine names. One per worker, used for one call at a time. */
 export interface GuestEngine {
   /**
@@ -23,7 +30,7 @@ export interface GuestEngine {
    *
    * @throws MillraceError, reason `module`, when the artifact is not acceptable.
    */
-  prepare(source: Uint8Array, limits: GuestLimits): unknown;
+  prepare(source: Uint8Array, limits: GuestLimits, libraries: readonly Library[]): unknown;
   /**
    * Called once, before the worker says it is ready. An engine that exercises itself here spares the first real call the
    * cost of cold code.
@@ -34,6 +41,11 @@ export interface GuestEngine {
    * engine itself, after which the worker is replaced.
    */
   run(prepared: never, call: GuestCall): GuestOutcome;
+  /**
+   * Called after a call was reported, when the same code ran twice in a row: whatever of a next call needs no guest code may
+   * be done now, while nobody waits for it. Must not throw.
+   */
+  ahead?(prepared: never): void;
 }
 
 /** One invocation as the guest engine sees it. */

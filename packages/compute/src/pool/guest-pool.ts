@@ -1,17 +1,17 @@
 /**
  * Worker threads for guests, as their caller sees them: hand in a job, get its one ending.
  *
- * Three kinds of thread. The caller's queues and talks to the guests directly, so a call costs one message each way. The
- * guests run one call at a time. The supervisor owns them and kills what is late or canceled, also while the caller's
- * thread is busy; a killed guest is replaced, and nothing of it is left.
+ * Three kinds of thread. The caller's queues and talks to the guests directly, so a small call costs a wake-up one way and a
+ * message back. The guests run one call at a time. The supervisor owns them and kills what is late or canceled, also while
+ * the caller's thread is busy; a killed guest is replaced, and nothing of it is left.
  */
 import { availableParallelism } from 'node:os';
 import { Worker, receiveMessageOnPort } from 'node:worker_threads';
 import type { MessagePort } from 'node:worker_threads';
 import { computeError } from '../errors.ts';
-import type { GuestFailure, GuestLimits } from './guest-engine.ts';
+import type { GuestFailure, GuestLimits, Library } from './guest-engine.ts';
 import type { GuestMessage, Job, SupervisorData, SupervisorMessage, SupervisorRequest } from './protocol.ts';
-import { Attention, PHASE, Slot, phaseOf, stateOf, withPhase } from './slot.ts';
+import { Attention, PHASE, SHARED_BYTES, Slot, phaseOf, stateOf, withPhase } from './slot.ts';
 import type { Measures } from './slot.ts';
 
 export interface GuestPoolOptions {
@@ -29,6 +29,7 @@ export interface PoolCode {
   readonly engine: string;
   readonly key: string;
   readonly source: Uint8Array;
+  readonly libraries: readonly Library[];
   /** Set by the pool, once a guest has prepared it. */
   prepared: unknown;
 }
@@ -36,9 +37,14 @@ export interface PoolCode {
 let lastCode = 0;
 
 /** Code that no guest has prepared yet. */
-export function poolCode(engine: string, key: string, source: Uint8Array): PoolCode {
+export function poolCode(
+  engine: string,
+  key: string,
+  source: Uint8Array,
+  libraries: readonly Library[] = [],
+): PoolCode {
   lastCode += 1;
-  return { number: lastCode, engine, key, source, prepared: undefined };
+  return { number: lastCode, engine, key, source, libraries, prepared: undefined };
 }
 
 /** A call for the pool. */
@@ -171,6 +177,8 @@ export class GuestPool implements AsyncDisposable {
       };
       call.signal?.addEventListener('abort', pending.onAbort, { once: true });
       this.#hold();
+      // The last that ran, whose memory is the warmest. It may still be busy ahead of this call; waking another one instead was
+      // slower.
       const guest = this.#idle.pop();
       if (guest === undefined) this.#queue.push(pending);
       else this.#post(guest, pending);
@@ -273,6 +281,12 @@ export class GuestPool implements AsyncDisposable {
   }
 
   #said(guest: Guest, message: GuestMessage): void {
+    if (typeof message === 'number') {
+      const { pending: done } = guest;
+      if (done === null || message !== guest.call) return;
+      this.#ended(guest, done, { kind: 'done', output: guest.slot.takeResult() });
+      return;
+    }
     if (message.kind === 'ready') {
       guest.ready = true;
       this.#next(guest);
@@ -323,22 +337,30 @@ export class GuestPool implements AsyncDisposable {
     guest.logBytes = 0;
     guest.pending = pending;
     pending.startedAt = performance.now();
+    if (input.length <= SHARED_BYTES && guest.known.has(code.number)) {
+      guest.slot.post(guest.call, limits, { code: code.number, input });
+    } else this.#send(guest, pending.call);
+    guest.slot.wake();
+    if (this.#attention.claimWake()) this.#request({ kind: 'wake' });
+  }
+
+  /** A call the slot has no room for, or whose code the guest does not know. */
+  #send(guest: Guest, { code, input, limits }: PoolCall): void {
     let define: Job['define'];
     let forget: Job['forget'];
     if (!guest.known.has(code.number)) {
-      define = { engine: code.engine, key: code.key, source: code.source, prepared: code.prepared };
+      const { engine, key, source, libraries, prepared } = code;
+      define = { engine, key, source, libraries, prepared };
       guest.known.add(code.number);
       if (guest.known.size > KNOWN_BY_GUEST) {
         [forget] = guest.known;
         guest.known.delete(forget as number);
       }
     }
-    guest.slot.post(guest.call, limits);
+    guest.slot.post(guest.call, limits, null);
     // The guest gets a copy of the input that is its own; a view into a larger buffer would take all of that along.
     const job: Job = { call: guest.call, code: code.number, define, forget, input: new Uint8Array(input) };
     guest.port.postMessage(job);
-    guest.slot.wake();
-    if (this.#attention.claimWake()) this.#request({ kind: 'wake' });
   }
 
   #abort(pending: Pending): void {

@@ -5,7 +5,7 @@
 import { receiveMessageOnPort, workerData } from 'node:worker_threads';
 import { MillraceError } from '@millrace/runner';
 import { jsonProblem } from '../json-text.ts';
-import type { GuestCall, GuestEngine, GuestFailure, GuestLimits } from './guest-engine.ts';
+import type { GuestCall, GuestEngine, GuestFailure, GuestLimits, Library } from './guest-engine.ts';
 import { GuestLog } from './guest-log.ts';
 import type { Definition, GuestData, GuestMessage, Job } from './protocol.ts';
 import { PHASE, Slot, nanosecondsOf, stateOf } from './slot.ts';
@@ -15,6 +15,7 @@ interface Code {
   readonly engine: GuestEngine;
   readonly key: string;
   readonly source: Uint8Array;
+  readonly libraries: readonly Library[];
   prepared: unknown;
 }
 
@@ -32,7 +33,8 @@ const note = (memoryBytes: number, outputBytes: number): void => slot.note(memor
 const write = (bytes: Uint8Array): void => log.write(bytes);
 
 function send(message: GuestMessage, transfer?: Uint8Array<ArrayBuffer>): void {
-  port.postMessage(message, transfer === undefined ? [] : [transfer.buffer]);
+  if (transfer === undefined) port.postMessage(message);
+  else port.postMessage(message, [transfer.buffer]);
 }
 
 async function engineOf(url: string): Promise<GuestEngine> {
@@ -43,14 +45,16 @@ async function engineOf(url: string): Promise<GuestEngine> {
   return guest;
 }
 
-async function define(number: number, { engine, key, source, prepared }: Definition): Promise<Code> {
-  const code: Code = { engine: await engineOf(engine), key, source, prepared };
+async function define(number: number, { engine, ...rest }: Definition): Promise<Code> {
+  const code: Code = { engine: await engineOf(engine), ...rest };
   codes.set(number, code);
   return code;
 }
 
+type Call = Pick<Job, 'call' | 'input'>;
+
 /** One call from its arrival to its report. Throws when the engine itself fails: then the thread ends. */
-function perform(code: Code, job: Job): void {
+function perform(code: Code, job: Call): void {
   current = job.call;
   const { limits } = slot;
   log.begin(limits.maxLogBytes);
@@ -76,7 +80,7 @@ function perform(code: Code, job: Job): void {
 
 function prepare(code: Code, limits: GuestLimits): GuestFailure | null {
   try {
-    code.prepared = code.engine.prepare(code.source, limits);
+    code.prepared = code.engine.prepare(code.source, limits, code.libraries);
     return null;
   } catch (error) {
     if (!MillraceError.is(error)) throw error;
@@ -99,7 +103,7 @@ function checked(output: Uint8Array<ArrayBuffer> | null): Uint8Array<ArrayBuffer
 
 /** Reports, unless the call has been ended from outside. */
 function end(
-  job: Job,
+  job: Call,
   phase: number,
   prepareMs: number,
   wallMs: number,
@@ -107,22 +111,39 @@ function end(
   result: Uint8Array<ArrayBuffer> | GuestFailure,
 ): void {
   slot.measure({ prepareMs, wallMs, logBytes: log.bytes, logDroppedBytes: log.droppedBytes, fuelUsed });
+  const small = result instanceof Uint8Array && slot.giveResult(result);
   if (!slot.move(stateOf(job.call, phase), PHASE.idle)) return;
   log.flush();
-  if (result instanceof Uint8Array) send({ kind: 'done', call: job.call, output: result }, result);
+  if (small) send(job.call);
+  else if (result instanceof Uint8Array) send({ kind: 'done', call: job.call, output: result }, result);
   else send({ kind: 'failed', call: job.call, failure: result, logExcerpt: log.excerpt() });
 }
 
 for (const url of preload) (await engineOf(url)).warmUp?.();
 slot.ready();
 send({ kind: 'ready' });
+/** What ran last: asked for twice in a row, it is likely to be asked for again. */
+let last: Code | null = null;
 for (;;) {
+  // One wake for each call, and nothing else wakes it.
   slot.sleep();
-  for (let next = receiveMessageOnPort(port); next !== undefined; next = receiveMessageOnPort(port)) {
-    const job = next.message as Job;
+  const small = slot.takeJob();
+  let code: Code | undefined;
+  if (small === null) {
+    const job = receiveMessageOnPort(port)?.message as Job | undefined;
+    if (job === undefined) throw new Error('woken without a job');
     if (job.forget !== undefined) codes.delete(job.forget);
-    const code = job.define === undefined ? codes.get(job.code) : await define(job.code, job.define);
-    if (code === undefined) throw new Error(`code ${job.code} was never defined`);
-    perform(code, job);
+    code = job.define === undefined ? codes.get(job.code) : await define(job.code, job.define);
+    perform(known(code, job.code), job);
+  } else {
+    code = codes.get(small.code);
+    perform(known(code, small.code), small);
   }
+  if (code === last && code?.prepared !== undefined) code.engine.ahead?.(code.prepared as never);
+  last = code ?? null;
+}
+
+function known(code: Code | undefined, number: number): Code {
+  if (code === undefined) throw new Error(`code ${number} was never defined`);
+  return code;
 }

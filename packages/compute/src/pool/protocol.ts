@@ -1,6 +1,6 @@
 /** The messages between a caller, the supervisor and the guest workers. All three come from one package, so none is checked. */
 import type { MessagePort } from 'node:worker_threads';
-import type { GuestFailure } from './guest-engine.ts';
+import type { GuestFailure, Library } from './guest-engine.ts';
 
 /** What a guest worker is started with. */
 export interface GuestData {
@@ -19,7 +19,7 @@ export interface SupervisorData {
   readonly preload: readonly string[];
 }
 
-/** Caller to guest. The limits are in the slot. */
+/** Caller to guest, where the job is not small or the code not known. The limits are in the slot. */
 export interface Job {
   readonly call: number;
   /** Number of the code to run. */
@@ -38,10 +38,13 @@ export interface Definition {
   /** What `prepare` made of the source in another worker, if one did. */
   readonly prepared: unknown;
   readonly source: Uint8Array;
+  readonly libraries: readonly Library[];
 }
 
 /** Guest to caller. Numbers are in the slot. */
 export type GuestMessage =
+  /** The call of that number is done, and its output in the slot. */
+  | number
   | { readonly kind: 'ready' }
   | { readonly kind: 'log'; readonly call: number; readonly bytes: Uint8Array }
   | { readonly kind: 'done'; readonly call: number; readonly output: Uint8Array }

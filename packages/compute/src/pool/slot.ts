@@ -6,6 +6,10 @@
  *     BOOTING ─▶ IDLE ─▶ PREPARING ─▶ RUNNING ─▶ IDLE     (worker; IDLE to PREPARING: caller)
  *                            └──────────┴──────▶ LATE      (supervisor, then it terminates the worker)
  *                            └──────────┴──────▶ CANCELED  (caller, which then asks the supervisor to)
+ *
+ * What a call needs and gives travels in here, too, as long as it is small: a message with a job or an output in it costs twice
+ * what waking the other thread does. Both sides own what they read: the worker copies the input, the caller the output,
+ * and neither is written again before the other side has had its turn.
  */
 import type { GuestLimits } from './guest-engine.ts';
 
@@ -25,30 +29,40 @@ const NUMBERS = [
   'maxTableEntries',
 ] as const satisfies readonly (keyof GuestLimits)[];
 
-/** 32-bit cells. */
+/** 32-bit cells. WAKE is 1 from waking the worker until it is awake. */
 const WAKE = 0;
 const STATE = 1;
 const MEMORY_KIB = 2;
 const OUTPUT_BYTES = 3;
+const CELLS = 4;
 /** 64-bit cells, behind those. */
-const DEADLINE_NS = 2;
-const POSTED_NS = 3;
-const STARTED_NS = 4;
-const ENDED_NS = 5;
-const NOW_NS = 6;
-const SEED = 7;
+const DEADLINE_NS = CELLS / 2;
+const POSTED_NS = DEADLINE_NS + 1;
+const STARTED_NS = DEADLINE_NS + 2;
+const ENDED_NS = DEADLINE_NS + 3;
+const NOW_NS = DEADLINE_NS + 4;
+const SEED = DEADLINE_NS + 5;
 /** Cells that are doubles, behind those. */
-const CLOCK = 8;
-const RANDOM = 9;
-const PREPARE_MS = 10;
-const WALL_MS = 11;
-const LOG_BYTES = 12;
-const LOG_DROPPED_BYTES = 13;
+const CLOCK = SEED + 1;
+const RANDOM = CLOCK + 1;
+const PREPARE_MS = CLOCK + 2;
+const WALL_MS = CLOCK + 3;
+const LOG_BYTES = CLOCK + 4;
+const LOG_DROPPED_BYTES = CLOCK + 5;
 /** NaN: `null`. */
-const MAX_FUEL = 14;
-const FUEL_USED = 15;
-const FIRST_NUMBER = 16;
-const SLOT_BYTES = (FIRST_NUMBER + NUMBERS.length) * 8;
+const MAX_FUEL = CLOCK + 6;
+const FUEL_USED = CLOCK + 7;
+const FIRST_NUMBER = CLOCK + 8;
+/** The code to run, and the bytes of input and output in here; {@link ELSEWHERE}: they come as a message. */
+const CODE = FIRST_NUMBER + NUMBERS.length;
+const INPUT_LENGTH = CODE + 1;
+const RESULT_LENGTH = CODE + 2;
+const ELSEWHERE = -1;
+/** Longer inputs and outputs are messages: copying them costs more than sending them. */
+export const SHARED_BYTES = 16 * 1024;
+const INPUT_AT = (RESULT_LENGTH + 1) * 8;
+const RESULT_AT = INPUT_AT + SHARED_BYTES;
+const SLOT_BYTES = RESULT_AT + SHARED_BYTES;
 
 /** The phase is in the low bits, the number of the call above it: a late actor can never hit a later call. */
 const PHASE_BITS = 3;
@@ -68,12 +82,17 @@ export class Slot {
   readonly #cells: Int32Array;
   readonly #times: BigInt64Array;
   readonly #numbers: Float64Array;
+  readonly #input: Uint8Array;
+  readonly #result: Uint8Array;
 
   constructor(shared = new SharedArrayBuffer(SLOT_BYTES)) {
     this.shared = shared;
-    this.#cells = new Int32Array(shared, 0, 4);
-    this.#times = new BigInt64Array(shared);
-    this.#numbers = new Float64Array(shared);
+    this.#cells = new Int32Array(shared, 0, CELLS);
+    // No longer than the numbers: what follows them is bytes.
+    this.#times = new BigInt64Array(shared, 0, INPUT_AT / 8);
+    this.#numbers = new Float64Array(shared, 0, INPUT_AT / 8);
+    this.#input = new Uint8Array(shared, INPUT_AT, SHARED_BYTES);
+    this.#result = new Uint8Array(shared, RESULT_AT, SHARED_BYTES);
   }
 
   get state(): number {
@@ -99,10 +118,21 @@ export class Slot {
     Atomics.store(this.#cells, STATE, PHASE.idle);
   }
 
-  /** Caller: a call begins. The worker finds it in its port after {@link wake}. */
-  post(call: number, limits: GuestLimits): void {
+  /**
+   * Caller: a call begins. With `job` the worker finds all of it in here after {@link wake}, else the rest in its port.
+   */
+  post(
+    call: number,
+    limits: GuestLimits,
+    job: { readonly code: number; readonly input: Uint8Array } | null,
+  ): void {
     const now = process.hrtime.bigint();
-    for (const [index, name] of NUMBERS.entries()) this.#numbers[FIRST_NUMBER + index] = limits[name];
+    this.#numbers[CODE] = job?.code ?? 0;
+    this.#numbers[INPUT_LENGTH] = job?.input.length ?? ELSEWHERE;
+    if (job !== null) this.#input.set(job.input);
+    for (let index = 0; index < NUMBERS.length; index += 1) {
+      this.#numbers[FIRST_NUMBER + index] = limits[NUMBERS[index] as (typeof NUMBERS)[number]];
+    }
     this.#numbers[CLOCK] = limits.clock === 'host' ? 1 : 0;
     this.#numbers[RANDOM] = limits.random === 'host' ? 1 : 0;
     this.#numbers[MAX_FUEL] = limits.maxFuel ?? Number.NaN;
@@ -127,17 +157,53 @@ export class Slot {
     Atomics.store(this.#cells, WAKE, 0);
   }
 
-  /** Worker: the limits of the call. They travel in here because as part of a message they would be most of its cost. */
+  /** Worker: the job that is in here; `null` when it comes as a message. The input is a copy. */
+  takeJob(): { readonly call: number; readonly code: number; readonly input: Uint8Array } | null {
+    const length = this.#numbers[INPUT_LENGTH] ?? ELSEWHERE;
+    if (length === ELSEWHERE) return null;
+    const input = new Uint8Array(length);
+    input.set(this.#input.subarray(0, length));
+    return { call: callOf(this.state), code: this.#numbers[CODE] ?? 0, input };
+  }
+
+  /** Worker: the output of a call that ends now, if it is small; false: it has to be sent. */
+  giveResult(output: Uint8Array): boolean {
+    if (output.length > SHARED_BYTES) return false;
+    this.#result.set(output);
+    this.#numbers[RESULT_LENGTH] = output.length;
+    return true;
+  }
+
+  /** Caller: the output the worker gave, as a copy. */
+  takeResult(): Uint8Array {
+    const length = this.#numbers[RESULT_LENGTH] ?? 0;
+    const output = new Uint8Array(length);
+    output.set(this.#result.subarray(0, length));
+    return output;
+  }
+
+  /**
+   * Worker: the limits of the call. They travel in here because as part of a message they would be most of its cost. Spelled
+   * out, since an object made by computed names is ten times as dear.
+   */
   get limits(): GuestLimits {
-    const numbers = {} as Record<(typeof NUMBERS)[number], number>;
-    for (const [index, name] of NUMBERS.entries()) numbers[name] = this.#numbers[FIRST_NUMBER + index] ?? 0;
+    const numbers = this.#numbers;
     return {
-      ...numbers,
+      maxMemoryMb: numbers[FIRST_NUMBER] as number,
+      maxWallMs: numbers[FIRST_NUMBER + 1] as number,
+      maxPrepareMs: numbers[FIRST_NUMBER + 2] as number,
+      maxInputBytes: numbers[FIRST_NUMBER + 3] as number,
+      maxOutputBytes: numbers[FIRST_NUMBER + 4] as number,
+      maxLogBytes: numbers[FIRST_NUMBER + 5] as number,
+      maxModuleBytes: numbers[FIRST_NUMBER + 6] as number,
+      maxFunctions: numbers[FIRST_NUMBER + 7] as number,
+      maxImports: numbers[FIRST_NUMBER + 8] as number,
+      maxTableEntries: numbers[FIRST_NUMBER + 9] as number,
       now: BigInt.asUintN(64, this.#times[NOW_NS] ?? 0n),
       seed: BigInt.asUintN(64, this.#times[SEED] ?? 0n),
-      maxFuel: counted(this.#numbers[MAX_FUEL]),
-      clock: this.#numbers[CLOCK] === 1 ? 'host' : 'frozen',
-      random: this.#numbers[RANDOM] === 1 ? 'host' : 'seeded',
+      maxFuel: counted(numbers[MAX_FUEL]),
+      clock: numbers[CLOCK] === 1 ? 'host' : 'frozen',
+      random: numbers[RANDOM] === 1 ? 'host' : 'seeded',
     };
   }
 
@@ -206,6 +272,11 @@ function counted(value = Number.NaN): number | null {
 
 export function stateOf(call: number, phase: number): number {
   return (call << PHASE_BITS) | phase | 0;
+}
+
+/** The call a state is of. */
+function callOf(state: number): number {
+  return state >>> PHASE_BITS;
 }
 
 export function phaseOf(state: number): number {

@@ -6,13 +6,18 @@ import type {
   GuestFailure,
   GuestLimits,
   GuestOutcome,
+  Library,
 } from '../pool/guest-engine.ts';
-import { DEFAULT_LIMITS, PAGE_BYTES, PAGES_PER_MB } from '../limits.ts';
+import { DEFAULT_LIMITS, DEFAULT_SEED, PAGE_BYTES, PAGES_PER_MB } from '../limits.ts';
 import { instrument } from '../fuel/instrument.ts';
-import { FuelGauge } from '../fuel/gauge.ts';
+import { FuelGauge, outOfFuel } from '../fuel/gauge.ts';
 import { moduleError } from './binary.ts';
 import { readModule } from './module.ts';
+import type { WasmModule } from './module.ts';
+import { CONFIGURATION, INITIALIZE, PLUGIN_MEMORY, foreignNamespace, readPluginFace } from './plugin.ts';
+import type { PluginFace } from './plugin.ts';
 import { rewriteModule } from './rewrite.ts';
+import type { ModuleRole } from './rewrite.ts';
 import { WASI_MODULE } from './wasi-types.ts';
 import { Wasi } from './wasi.ts';
 
@@ -23,13 +28,105 @@ export interface PreparedWasm {
   readonly entries: readonly string[];
   /** The export that counts its fuel, when that is asked for. */
   readonly fuel: string | null;
+  /** What it is linked to; `null`: it is a program by itself. */
+  readonly plugin: PreparedPlugin | null;
+}
+
+interface PreparedPlugin {
+  readonly namespace: string;
+  readonly module: WebAssembly.Module;
+  readonly fuel: string | null;
+  /** Its memory once it was initialised, whole pages, in shared memory. */
+  readonly snapshot: Uint8Array;
 }
 
 const wasi = new Wasi();
 const imports = { [WASI_MODULE]: wasi.functions };
 
-function prepare(source: Uint8Array, limits: GuestLimits): PreparedWasm {
-  const { bytes, memory, entries } = rewriteModule(readModule(source, limits), limits);
+/** Plugins prepared in this worker, by digest and limits. */
+const plugins = new Map<string, PreparedPlugin>();
+const MAX_PLUGINS = 4;
+
+/** Checks, rewrites and compiles a module for the limits. @throws MillraceError reason `module`. */
+export function prepare(
+  source: Uint8Array,
+  limits: GuestLimits,
+  libraries: readonly Library[] = [],
+): PreparedWasm {
+  const parsed = readModule(source, limits);
+  const library = libraryFor(parsed, libraries);
+  if (library === null) {
+    const { memory, entries, ...code } = compileFor(parsed, limits, 'command');
+    return { ...code, memory, entries, plugin: null };
+  }
+  const { memory, entries, ...code } = compileFor(parsed, limits, { linkedTo: library.face });
+  return { ...code, memory, entries, plugin: preparePlugin(library, limits) };
+}
+
+interface FoundPlugin {
+  readonly digest: string;
+  readonly parsed: WasmModule;
+  readonly face: PluginFace;
+}
+
+/** The plugin a module is linked to, by the name it imports it under. */
+function libraryFor(module: WasmModule, libraries: readonly Library[]): FoundPlugin | null {
+  const namespace = libraries.length === 0 ? null : foreignNamespace(module);
+  if (namespace === null) return null;
+  for (const { digest, bytes } of libraries) {
+    const parsed = readModule(bytes, { maxFunctions: Infinity, maxImports: Infinity });
+    const face = readPluginFace(parsed);
+    if (face.namespace === namespace) return { digest, parsed, face };
+  }
+  return null;
+}
+
+function preparePlugin({ digest, parsed, face }: FoundPlugin, limits: GuestLimits): PreparedPlugin {
+  const key = [digest, limits.maxMemoryMb, limits.maxTableEntries, limits.maxFuel !== null].join();
+  const known = plugins.get(key);
+  if (known !== undefined) return known;
+  const { module, fuel, memory, entries } = compileFor(parsed, limits, 'plugin');
+  const snapshot = initialised(module, memory, entries, limits, face.namespace);
+  const prepared: PreparedPlugin = { namespace: face.namespace, module, fuel, snapshot };
+  plugins.set(key, prepared);
+  if (plugins.size > MAX_PLUGINS) {
+    const [oldest] = plugins.keys();
+    plugins.delete(oldest as string);
+  }
+  return prepared;
+}
+
+/** A plugin's memory after it was initialised, with frozen clock and default seed: what every call begins with. */
+function initialised(
+  module: WebAssembly.Module,
+  memoryExport: string | null,
+  entries: readonly string[],
+  limits: GuestLimits,
+  namespace: string,
+): Uint8Array {
+  const ignore = (): void => undefined;
+  const input = new TextEncoder().encode(CONFIGURATION);
+  const frozen = { clock: 'frozen', random: 'seeded', seed: DEFAULT_SEED, now: 0n } as const;
+  wasi.begin({ key: namespace, input, limits: { ...limits, ...frozen }, log: ignore, note: ignore });
+  try {
+    const { exports } = new WebAssembly.Instance(module, imports);
+    const memory = exports[memoryExport as string] as WebAssembly.Memory;
+    wasi.attach(memory);
+    for (const entry of [...entries, INITIALIZE]) (exports[entry] as () => unknown)();
+    const snapshot = new Uint8Array(new SharedArrayBuffer(memory.buffer.byteLength));
+    snapshot.set(new Uint8Array(memory.buffer));
+    return snapshot;
+  } catch (error) {
+    throw moduleError(
+      `the plugin ${namespace} it is linked to could not be initialised: ${MillraceError.from(error).message}`,
+    );
+  } finally {
+    wasi.end();
+  }
+}
+
+function compileFor(parsed: WasmModule, limits: GuestLimits, role: ModuleRole): Omit<PreparedWasm, 'plugin'> {
+  const { bytes, memory, entries } = rewriteModule(parsed, limits, role);
   // Also when it is metered: with what metering adds, an index that was out of range would be in range.
   const module = compile(bytes);
   if (limits.maxFuel === null) return { module, memory, entries, fuel: null };
@@ -50,10 +147,12 @@ function compile(bytes: Uint8Array): WebAssembly.Module {
 function run(prepared: PreparedWasm, call: GuestCall): GuestOutcome {
   wasi.begin(call);
   const gauge = new FuelGauge(call.limits);
+  const pluginGauge = prepared.plugin === null ? null : new FuelGauge(call.limits);
   try {
     let thrown: unknown = null;
     try {
-      const { exports } = new WebAssembly.Instance(prepared.module, imports);
+      const { exports } =
+        prepared.plugin === null ? instanceOf(prepared) : linkedInstance(prepared, pluginGauge);
       if (prepared.memory !== null) wasi.attach(exports[prepared.memory] as WebAssembly.Memory);
       gauge.attach(exports, prepared.fuel);
       call.note(wasi.memoryBytes, 0);
@@ -62,18 +161,72 @@ function run(prepared: PreparedWasm, call: GuestCall): GuestOutcome {
       thrown = error ?? new Error('nothing');
     }
     const { halt, memoryBytes, outputBytes } = wasi;
-    const failure = gauge.failure() ?? failureOf(thrown, memoryBytes, call.limits);
+    const fuel = totalFuel(gauge, pluginGauge, call.limits);
+    const failure = fuel.failure ?? failureOf(thrown, memoryBytes, call.limits);
     const output = failure === null ? wasi.takeOutput() : null;
     return {
       memoryBytes,
       outputBytes: halt?.kind === 'output-limit' ? halt.bytes : outputBytes,
       output,
       failure,
-      fuelUsed: gauge.used,
+      fuelUsed: fuel.used,
     };
   } finally {
     wasi.end();
   }
+}
+
+/**
+ * An instance made ahead of its call. Instantiating runs no code of the guest's (a start section has become an export),
+ * so it is as fresh as one that is made at the call, and is used for one call as well.
+ */
+let spare: { readonly of: PreparedWasm; readonly instance: WebAssembly.Instance } | null = null;
+
+function instanceOf(prepared: PreparedWasm): WebAssembly.Instance {
+  const ready = spare?.of === prepared ? spare.instance : null;
+  spare = null;
+  return ready ?? new WebAssembly.Instance(prepared.module, imports);
+}
+
+function ahead(prepared: PreparedWasm): void {
+  spare = null;
+  // A linked one needs its plugin's memory filled, which is most of what it costs.
+  if (prepared.plugin !== null) return;
+  try {
+    spare = { of: prepared, instance: new WebAssembly.Instance(prepared.module, imports) };
+  } catch {
+    // Why it cannot be instantiated is told by the call that tries.
+  }
+}
+
+function linkedInstance(prepared: PreparedWasm, gauge: FuelGauge | null): WebAssembly.Instance {
+  return new WebAssembly.Instance(prepared.module, linkedImports(prepared.plugin as PreparedPlugin, gauge));
+}
+
+/** A plugin as a linked module sees it: a fresh instance that was initialised already. Its memory is the one WASI reads. */
+function linkedImports(
+  { namespace, module, fuel, snapshot }: PreparedPlugin,
+  gauge: FuelGauge | null,
+): Record<string, Record<string, unknown>> {
+  const { exports } = new WebAssembly.Instance(module, imports);
+  const memory = exports[PLUGIN_MEMORY] as WebAssembly.Memory;
+  memory.grow((snapshot.byteLength - memory.buffer.byteLength) / PAGE_BYTES);
+  new Uint8Array(memory.buffer).set(snapshot);
+  wasi.attach(memory);
+  gauge?.attach(exports, fuel);
+  return { [namespace]: exports };
+}
+
+/** A linked module and its plugin each have a tank of the whole size; together they may use no more than one holds. */
+function totalFuel(
+  own: FuelGauge,
+  plugin: FuelGauge | null,
+  { maxFuel }: GuestLimits,
+): { readonly used: number | null; readonly failure: GuestFailure | null } {
+  if (plugin === null || maxFuel === null) return { used: own.used, failure: own.failure() };
+  const used = (own.used ?? 0) + (plugin.used ?? 0);
+  const failure = own.failure() ?? plugin.failure() ?? (used > maxFuel ? outOfFuel(maxFuel) : null);
+  return { used: Math.min(used, maxFuel), failure };
 }
 
 /** How the guest failed, or `null`. What ended it first is recorded in `halt`, whatever was thrown afterwards. */
@@ -96,7 +249,11 @@ function failureOf(thrown: unknown, memoryBytes: number, limits: GuestLimits): G
       details: { exitCode: halt.code },
     };
   }
-  if (thrown === null) return null;
+  return thrown === null ? null : trapOf(thrown, memoryBytes, limits);
+}
+
+/** What a guest died of, by what came out of it. @throws `thrown` itself when no guest can be the cause of it. */
+export function trapOf(thrown: unknown, memoryBytes: number, limits: GuestLimits): GuestFailure {
   if (thrown instanceof WebAssembly.RuntimeError) {
     const atLimit = memoryBytes === limits.maxMemoryMb * PAGES_PER_MB * PAGE_BYTES;
     return {
@@ -137,4 +294,4 @@ function warmUp(): void {
   for (let round = 0; round < 5; round += 1) run(prepare(source, limits), call);
 }
 
-export const guest: GuestEngine = { prepare, run, warmUp };
+export const guest: GuestEngine = { prepare, run, ahead, warmUp };

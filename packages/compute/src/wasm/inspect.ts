@@ -1,9 +1,11 @@
 /** What a module declares, without running or compiling it. */
 import { readModule } from './module.ts';
-import type { FunctionType, ModuleExport, ModuleImport, SizeRange, TableType } from './module.ts';
+import type { FunctionType, ModuleExport, ModuleImport, SizeRange, TableType, WasmModule } from './module.ts';
+import { foreignNamespace } from './plugin.ts';
 import type { Limits } from '../limits.ts';
 import { resolveLimits } from '../limits.ts';
 import { rewriteModule } from './rewrite.ts';
+import type { ModuleRole } from './rewrite.ts';
 
 export interface ModuleSummary {
   readonly bytes: number;
@@ -14,9 +16,14 @@ export interface ModuleSummary {
   readonly tables: readonly TableType[];
   /** Defined in the module. */
   readonly functions: number;
+  /** The plugin it has to be linked to, by its module name; `null`: it is a program by itself. */
+  readonly linkedTo: string | null;
   readonly hasStartSection: boolean;
   readonly customSections: readonly { readonly name: string; readonly bytes: number }[];
-  /** Why the `wasm` engine would refuse it under the limits; `null` when it would not. V8 may still find a type error. */
+  /**
+   * Why the `wasm` engine would refuse it under the limits; `null` when it would not. V8 may still find a type error, and a
+   * plugin may lack what a module linked to it imports.
+   */
   readonly refusal: string | null;
 }
 
@@ -30,7 +37,7 @@ export function inspectModule(wasm: Uint8Array, limits: Partial<Limits> = {}): M
   let refusal: string | null = null;
   try {
     const resolved = resolveLimits(limits);
-    rewriteModule(readModule(wasm, resolved), resolved);
+    rewriteModule(readModule(wasm, resolved), resolved, roleOf(module));
   } catch (error) {
     refusal = (error as Error).message;
   }
@@ -44,10 +51,26 @@ export function inspectModule(wasm: Uint8Array, limits: Partial<Limits> = {}): M
     memory: module.memory,
     tables: module.tables,
     functions: module.bodies.length,
+    linkedTo: pluginOf(module),
     hasStartSection: module.start !== null,
     customSections: module.sections.flatMap(({ name, payload: [start, end] }) =>
       name === null ? [] : [{ name, bytes: end - start }],
     ),
     refusal,
   };
+}
+
+/** Javy's plugins, which are the ones modules found in the wild are linked to. */
+function pluginOf(module: WasmModule): string | null {
+  const namespace = foreignNamespace(module);
+  return namespace !== null && /^javy[-_]/.test(namespace) ? namespace : null;
+}
+
+/** Without the plugin it is taken to have whatever the module imports. */
+function roleOf(module: WasmModule): ModuleRole {
+  const namespace = pluginOf(module);
+  if (namespace === null) return 'command';
+  const functions = new Map<string, FunctionType>();
+  for (const one of module.imports) if (one.kind === 'function') functions.set(one.name, one.type);
+  return { linkedTo: { namespace, functions, memory: { min: Number.MAX_SAFE_INTEGER, max: null } } };
 }

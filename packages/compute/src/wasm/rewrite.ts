@@ -29,6 +29,8 @@ import {
 } from './binary.ts';
 import { SECTION } from './module.ts';
 import type { FunctionType, ModuleImport, SizeRange, WasmModule } from './module.ts';
+import { PLUGIN_MEMORY } from './plugin.ts';
+import type { PluginFace } from './plugin.ts';
 import { WASI_MODULE, WASI_TYPES } from './wasi-types.ts';
 
 export interface RewriteLimits {
@@ -47,16 +49,33 @@ export interface RewrittenModule {
 const IMPORTED_MEMORY = ['env', 'memory'] as const;
 
 /**
- * The module rewritten for the limits.
+ * What a module is to be: a program by itself, the plugin of others, or a program linked against a plugin.
+ */
+export type ModuleRole = 'command' | 'plugin' | { readonly linkedTo: PluginFace };
+
+/**
+ * The module rewritten for the limits. Of a plugin only the start section is an entry; a linked module keeps its import of the
+ * plugin's memory, and has none of its own.
  *
  * @throws MillraceError reason `module`: an import that is not granted, by name; a wrong type; nothing to run; a memory or
  * table that starts larger than the limit.
  */
-export function rewriteModule(module: WasmModule, limits: RewriteLimits): RewrittenModule {
+export function rewriteModule(
+  module: WasmModule,
+  limits: RewriteLimits,
+  role: ModuleRole = 'command',
+): RewrittenModule {
   const maxPages = limits.maxMemoryMb * PAGES_PER_MB;
-  for (const one of module.imports) checkImport(one);
+  const linkedTo = typeof role === 'object' ? role.linkedTo : null;
+  for (const one of module.imports) {
+    if (linkedTo === null) checkImport(one);
+    else checkLinkedImport(one, linkedTo);
+  }
+  if (linkedTo !== null && module.memory !== null) {
+    throw moduleError(`it has a memory of its own; linked to ${linkedTo.namespace} it shares the plugin's`);
+  }
   const imported = module.imports.find((one) => one.kind === 'memory')?.type;
-  const memory = module.memory ?? imported ?? null;
+  const memory = linkedTo === null ? (module.memory ?? imported ?? null) : null;
   if (memory !== null && memory.min > maxPages) {
     throw moduleLimit(
       'maxMemoryMb',
@@ -84,14 +103,14 @@ export function rewriteModule(module: WasmModule, limits: RewriteLimits): Rewrit
   const startExport = module.start === null ? null : privateName('millrace:start');
   if (module.start !== null) checkEntry(module.functions[module.start], 'the start function');
   const entries = startExport === null ? [] : [startExport];
-  for (const name of ['_initialize', '_start']) {
+  for (const name of role === 'plugin' ? [] : ['_initialize', '_start']) {
     const found = module.exports.find((one) => one.name === name);
     if (found === undefined) continue;
     if (found.kind !== 'function') throw moduleError(`its export ${name} is a ${found.kind}, not a function`);
     checkEntry(module.functions[found.index], `its export ${name}`);
     entries.push(name);
   }
-  if (entries.length === 0) {
+  if (entries.length === 0 && role !== 'plugin') {
     throw moduleError(
       'it exports no function _start, so there is nothing to run; a compute is a WASI command (a program, not a library)',
     );
@@ -111,6 +130,7 @@ export function rewriteModule(module: WasmModule, limits: RewriteLimits): Rewrit
       section === undefined ? null : module.bytes.subarray(...section.payload);
     switch (id) {
       case SECTION.import:
+        if (linkedTo !== null) break;
         if (section !== undefined) pieces.push(...sectionBytes(id, functionImports(module, section.payload)));
         return;
       case SECTION.table:
@@ -230,8 +250,11 @@ function checkImport(one: ModuleImport): void {
   const name = `${JSON.stringify(one.module)} ${JSON.stringify(one.name)}`;
   if (one.kind === 'memory' && one.module === IMPORTED_MEMORY[0] && one.name === IMPORTED_MEMORY[1]) return;
   if (one.module !== WASI_MODULE) {
+    const hint = one.module.startsWith('javy')
+      ? '; to be linked to that plugin it has to be given the file'
+      : '';
     throw moduleError(
-      `it imports the ${one.kind} ${name}; a compute may import functions of ${WASI_MODULE} and the memory "env" "memory"`,
+      `it imports the ${one.kind} ${name}; a compute may import functions of ${WASI_MODULE} and the memory "env" "memory"${hint}`,
     );
   }
   const wanted = WASI_TYPES[one.name];
@@ -241,6 +264,30 @@ function checkImport(one: ModuleImport): void {
   const given = signature(one.type);
   const want = signature(wanted);
   if (given !== want) throw moduleError(`it imports ${name} as ${given}; its type is ${want}`);
+}
+
+/** Of a module that is linked to a plugin: nothing but what the plugin has, exactly. */
+function checkLinkedImport(one: ModuleImport, { namespace, functions, memory }: PluginFace): void {
+  const name = `${JSON.stringify(one.module)} ${JSON.stringify(one.name)}`;
+  if (one.module !== namespace) {
+    throw moduleError(
+      `it imports the ${one.kind} ${name}; linked to ${namespace} it may import from there alone`,
+    );
+  }
+  if (one.kind === 'memory' && one.name === PLUGIN_MEMORY) {
+    // With a maximum it could not be linked to a memory that may grow to the limit.
+    if (one.type.min <= memory.min && one.type.max === null) return;
+    throw moduleError(
+      `it imports the memory ${name} from ${one.type.min} to ${one.type.max ?? 'any number of'} pages; the plugin's starts with ${memory.min} and has no maximum a module may rely on`,
+    );
+  }
+  const wanted = one.kind === 'function' ? functions.get(one.name) : undefined;
+  if (one.kind !== 'function' || wanted === undefined) {
+    throw moduleError(`it imports the ${one.kind} ${name}, which the plugin does not have`);
+  }
+  const given = signature(one.type);
+  const want = signature(wanted);
+  if (given !== want) throw moduleError(`it imports ${name} as ${given}; in the plugin its type is ${want}`);
 }
 
 function checkEntry(type: FunctionType | undefined, what: string): void {
