@@ -1,5 +1,5 @@
 import { readFile, writeFile } from 'node:fs/promises';
-import { PassThrough } from 'node:stream';
+import { PassThrough, Writable } from 'node:stream';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { Programs } from '../programs.test.support.ts';
 import { runDebugger, type DebuggerOptions } from './run-debugger.ts';
@@ -161,6 +161,67 @@ describe('a session', () => {
     });
     stop.abort();
     expect(await ended).toBe(0);
+  });
+
+  test('ends when its signal aborts, also while it waits for a command', async () => {
+    const stop = new AbortController();
+    const output = new Output();
+    output.on('data', () => {
+      if (output.text.includes('state phase "up"')) stop.abort();
+    });
+    const endless = await programs.runtime(`
+      runCommand: (ctx) => ctx.command(async (command) => {
+        await command.state('phase', 'up');
+        return new Promise((_, fail) => command.signal.addEventListener('abort', () => fail(command.signal.reason)));
+      })`);
+    const ended = await debug(['deploy', 'start', 'run x', 'run y'], {
+      runtimePath: endless,
+      output,
+      signal: stop.signal,
+    });
+    expect(ended.code).toBe(1);
+    expect(output.text).toContain('pid 0 failed: the supervisor was closed');
+    expect(output.text).not.toContain('run y');
+  });
+
+  test('keeps no more than 8 MiB that nobody reads, and says what is left out', async () => {
+    const flood = await programs.runtime(`
+      runCommand: (ctx) => ctx.command(async (command) => {
+        const line = Buffer.alloc(65536, 'x\\n');
+        for (let index = 0; index < 512; index += 1) await command.stdout(line);
+      })`);
+    let text = '';
+    let read = false;
+    const waiting: (() => void)[] = [];
+    const output = new Writable({
+      write(chunk: Buffer, _encoding, done) {
+        text += chunk.toString();
+        if (read) done();
+        else waiting.push(done);
+      },
+    });
+    const { code } = await debug(['deploy', 'start', 'run x'], { runtimePath: flood, output });
+    expect(code).toBe(0);
+    expect(output.writableLength).toBeGreaterThan(8 * 1024 * 1024);
+    expect(output.writableLength).toBeLessThan(9 * 1024 * 1024);
+    read = true;
+    for (const done of waiting) done();
+    await new Promise((resolve) => output.end(resolve));
+    const [, left] = /^… (\d+) bytes are left out here/m.exec(text) ?? [];
+    const shown = 2 * (text.split('\n0 | x').length - 1);
+    expect(shown + Number(left)).toBe(512 * 65536);
+    expect(text.endsWith('\npid 0 ended with code 0\n')).toBe(true);
+  });
+
+  test('shows a character that comes in two pieces as one', async () => {
+    const halves = await programs.runtime(`
+      runCommand: (ctx) => ctx.command(async (command) => {
+        await command.stdout(Uint8Array.of(0x61, 0xc3));
+        await new Promise((resolve) => setTimeout(resolve, 20));
+        await command.stdout(Uint8Array.of(0xa4));
+      })`);
+    const { text } = await debug(['deploy', 'start', 'run x'], { runtimePath: halves });
+    expect(text).toContain('0 | a\n0 | ä\n');
   });
 
   test('at a terminal keeps its history', async () => {

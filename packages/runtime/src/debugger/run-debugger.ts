@@ -6,9 +6,10 @@
 import { createReadStream, createWriteStream } from 'node:fs';
 import { mkdir, readFile, writeFile } from 'node:fs/promises';
 import path from 'node:path';
-import { createInterface, type Interface } from 'node:readline';
+import { clearScreenDown, createInterface, cursorTo, type Interface } from 'node:readline';
 import type { Readable, Writable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
+import { StringDecoder } from 'node:string_decoder';
 import { MillraceError, describeError, type Clock } from '@millrace/runner';
 import type { SupervisorLimits } from '../supervisor/limits.ts';
 import { RuntimeSupervisor, type RuntimeEvent } from '../supervisor/runtime-supervisor.ts';
@@ -45,6 +46,8 @@ export interface DebuggerOptions {
 
 const PROMPT = 'runtime> ';
 const HISTORY_LINES = 500;
+/** Bytes of output that may wait to be read. A runtime writes faster than a terminal shows, or a pager that nobody scrolls. */
+const MAX_PENDING_BYTES = 8 * 1024 * 1024;
 const SIGTERM = 15;
 const SIGKILL = 9;
 
@@ -91,6 +94,12 @@ class DebugSession implements AsyncDisposable {
   #interrupts = 0;
   #localIds = 0;
   #quit = false;
+  /** While a line is being typed at a terminal; what is printed then must not end up in the middle of it. */
+  #typing: Interface | null = null;
+  /** By stream: a character may come in two chunks. */
+  readonly #decoders = new Map<string, StringDecoder>();
+  /** Bytes of output not shown since the last line that was. */
+  #leftOut = 0;
 
   constructor(options: DebuggerOptions) {
     this.#options = options;
@@ -107,9 +116,16 @@ class DebugSession implements AsyncDisposable {
       ...(env ? { env } : {}),
       ...(clock ? { clock } : {}),
     });
+    options.signal?.addEventListener('abort', this.#onAbort, { once: true });
   }
 
+  /** Whatever a line waits for ends with the runtime. A failure to end it is reported by the disposal. */
+  readonly #onAbort = (): void => {
+    this.#supervisor.close().catch(() => undefined);
+  };
+
   async [Symbol.asyncDispose](): Promise<void> {
+    this.#options.signal?.removeEventListener('abort', this.#onAbort);
     await this.#supervisor.close();
     await Promise.allSettled([...this.#running.values()].map(({ result }) => result));
   }
@@ -164,12 +180,20 @@ class DebugSession implements AsyncDisposable {
     this.#print(
       `${path.basename(this.#options.runtimePath)} in ${this.#supervisor.workDir}; "help" lists the commands`,
     );
-    if (!closed) reader.prompt();
+    const ask = (): void => {
+      // Who reads what was typed elsewhere sees the lines as they are carried out, as from a script.
+      if (closed || this.#quit || !terminal) return;
+      reader.prompt();
+      this.#typing = reader;
+    };
+    ask();
     while (!this.#quit) {
       const line = lines.shift();
       if (line !== undefined) {
+        this.#typing = null;
+        if (!terminal && line.trim() !== '') this.#print(`${PROMPT}${line.trim()}`);
         if (line.trim() !== '') await this.#carryOut(line.trim());
-        if (!closed && !this.#quit) reader.prompt();
+        ask();
       } else if (closed) break;
       else {
         await new Promise<void>((resolve) => {
@@ -178,6 +202,7 @@ class DebugSession implements AsyncDisposable {
       }
     }
     signal?.removeEventListener('abort', onAbort);
+    this.#typing = null;
     reader.close();
   }
 
@@ -277,7 +302,10 @@ class DebugSession implements AsyncDisposable {
         return false;
       },
     );
-    void ended.then(() => this.#running.delete(id));
+    void ended.then(() => {
+      this.#running.delete(id);
+      for (const mark of ['|', '!']) this.#decoders.delete(`${id}${mark}`);
+    });
     if (background) {
       this.#print(`pid ${id}`);
       return true;
@@ -355,9 +383,26 @@ class DebugSession implements AsyncDisposable {
   }
 
   #showOutput(id: string, stream: 'stdout' | 'stderr', chunk: Uint8Array): void {
-    const text = Buffer.from(chunk).toString('utf8').replace(/\n$/, '');
     const mark = stream === 'stdout' ? '|' : '!';
-    for (const line of text.split('\n')) this.#print(`${id} ${mark} ${line}`);
+    const key = `${id}${mark}`;
+    if (this.#leaveOut(chunk.length)) {
+      this.#decoders.delete(key);
+      return;
+    }
+    const decoder = this.#decoders.get(key) ?? new StringDecoder('utf8');
+    this.#decoders.set(key, decoder);
+    const text = decoder.write(Buffer.from(chunk)).replace(/\n$/, '');
+    if (text === '' && chunk.length > 0 && chunk.at(-1) !== 0x0a) return;
+    const lines = text.split('\n').map((line) => `${id} ${mark} ${line}`);
+    this.#print(lines.join('\n'));
+  }
+
+  /** Whether output is left out, since too much of it waits. Then it is until half of that was read. */
+  #leaveOut(bytes: number): boolean {
+    const most = this.#leftOut === 0 ? MAX_PENDING_BYTES : MAX_PENDING_BYTES / 2;
+    if (this.#options.output.writableLength <= most) return false;
+    this.#leftOut += bytes;
+    return true;
   }
 
   #onEvent(event: RuntimeEvent): void {
@@ -375,11 +420,25 @@ class DebugSession implements AsyncDisposable {
   }
 
   #onFrame({ direction, text, bytes }: TracedFrame): void {
+    if (this.#leaveOut(bytes.length)) return;
     this.#print(`${direction === 'sent' ? '-->' : '<--'} ${text}\n${hexLines(bytes, '    ')}`);
   }
 
   #print(text: string): void {
-    this.#options.output.write(`${text}\n`);
+    const { output } = this.#options;
+    if (this.#leftOut > 0) {
+      const left = this.#leftOut;
+      this.#leftOut = 0;
+      this.#print(`… ${left} bytes are left out here: they came faster than they were read`);
+    }
+    if (this.#typing === null) {
+      output.write(`${text}\n`);
+      return;
+    }
+    cursorTo(output, 0);
+    clearScreenDown(output);
+    output.write(`${text}\n`);
+    this.#typing.prompt(true);
   }
 
   /** The newest first, as the interface has them. */

@@ -111,7 +111,15 @@ export type CliRequest =
 
 interface StandardOption extends CliOption {
   readonly value: string;
+  /** What a value of the right type must be beyond that, or null when it is. */
+  readonly rule?: (value: string | number | boolean) => string | null;
 }
+
+const countRule = (value: unknown): string | null =>
+  Number.isSafeInteger(value) && Number(value) >= 0 ? null : 'a whole number from 0';
+const amountRule = (value: unknown): string | null => (Number(value) >= 0 ? null : 'a number from 0');
+const urlRule = (value: unknown): string | null =>
+  /^[a-z][a-z0-9+.-]*:\/\/./i.test(String(value)) ? null : 'a URL such as udp://127.0.0.1:41234';
 
 const STANDARD: Readonly<Record<string, StandardOption>> = {
   workdir: {
@@ -121,13 +129,38 @@ const STANDARD: Readonly<Record<string, StandardOption>> = {
     description: 'work directory; needed by deploy, start and run',
   },
   'task-package': { type: 'string', short: 't', value: 'FILE', description: 'image to deploy' },
-  'cpu-cores': { type: 'number', value: 'N', description: 'CPU cores of the agreement' },
-  'mem-gib': { type: 'number', value: 'N', description: 'memory of the agreement, GiB' },
-  'storage-gib': { type: 'number', value: 'N', description: 'storage of the agreement, GiB' },
+  'cpu-cores': {
+    type: 'number',
+    value: 'N',
+    rule: countRule,
+    description: 'CPU cores of the agreement',
+  },
+  'mem-gib': {
+    type: 'number',
+    value: 'N',
+    rule: amountRule,
+    description: 'memory of the agreement, GiB',
+  },
+  'storage-gib': {
+    type: 'number',
+    value: 'N',
+    rule: amountRule,
+    description: 'storage of the agreement, GiB',
+  },
   'volume-override': { type: 'string', value: 'JSON', description: 'volumes of the requestor' },
   hostname: { type: 'string', value: 'NAME', description: 'host name of the requestor' },
-  'vpn-endpoint': { type: 'string', value: 'URL', description: 'where VPN frames are exchanged' },
-  'inet-endpoint': { type: 'string', value: 'URL', description: 'where outbound frames are exchanged' },
+  'vpn-endpoint': {
+    type: 'string',
+    value: 'URL',
+    rule: urlRule,
+    description: 'where VPN frames are exchanged',
+  },
+  'inet-endpoint': {
+    type: 'string',
+    value: 'URL',
+    rule: urlRule,
+    description: 'where outbound frames are exchanged',
+  },
 };
 const NEEDS_WORKDIR: readonly Subcommand[] = ['deploy', 'start', 'run'];
 const OPTION_NAME = /^[a-z][a-z0-9-]*$/;
@@ -282,7 +315,12 @@ function readOption(
   }
   const value = attached ?? argv[at + 1];
   if (value === undefined) throw new UsageError(`option ${shown} needs a value`);
-  values.push(option.type === 'number' ? readNumber(shown, value) : value);
+  const read = option.type === 'number' ? readNumber(shown, value) : value;
+  const wanted = STANDARD[name]?.rule?.(read);
+  if (typeof wanted === 'string') {
+    throw new UsageError(`option ${shown} must be ${wanted}, got ${JSON.stringify(value)}`);
+  }
+  values.push(read);
   return attached === undefined ? at + 2 : at + 1;
 }
 

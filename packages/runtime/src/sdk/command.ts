@@ -73,7 +73,7 @@ export class Command implements CommandContext {
     return this.#sink.counter(name, value);
   }
 
-  async spawn(file: string, args: readonly string[] = [], options: SpawnOptions = {}): Promise<number> {
+  async spawn(file: string, args: readonly string[] = [], options: SpawnOptions = {}): Promise<void> {
     const program = runProgram({
       ...options,
       file,
@@ -86,7 +86,6 @@ export class Command implements CommandContext {
     this.#programs.add(program);
     try {
       this.exitCode = await program;
-      return this.exitCode;
     } finally {
       this.#programs.delete(program);
     }

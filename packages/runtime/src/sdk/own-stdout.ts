@@ -11,14 +11,26 @@ import fs from 'node:fs';
 import { syncBuiltinESMExports } from 'node:module';
 import net from 'node:net';
 import { Writable } from 'node:stream';
+import { RuntimeError } from './runtime-error.ts';
 
 const STDOUT = 1;
 const STDERR = 2;
 /** How much may be on its way before a command that waits for its output is made to wait. */
 const BUFFER_BYTES = 1024 * 1024;
 
-/** The stream to the supervisor. Call once, before any other code runs that may print. */
+/**
+ * The stream to the supervisor. Call once, before any other code runs that may print.
+ *
+ * @throws RuntimeError when something was printed already: the supervisor has it, and takes it for frames.
+ */
 export function takeStdout(): Writable {
+  // A stream to a file, for whoever looks at the protocol by hand, does not count.
+  const { bytesWritten } = process.stdout as { readonly bytesWritten?: number };
+  if (bytesWritten !== undefined && bytesWritten > 0) {
+    throw new RuntimeError(
+      `${bytesWritten} bytes were printed on stdout before runRuntime, which in server mode is the protocol's from the first byte on; call runRuntime before anything that prints`,
+    );
+  }
   const wire = openWire();
   redirectStream();
   return wire;

@@ -119,10 +119,10 @@ export interface CommandContext {
    * n after signal n). It has a process group of its own, which a kill of the command reaches: the signal,
    * and SIGKILL two seconds later. stdin is empty.
    *
-   * Resolves with the exit code. Rejects when the program cannot be started, and with the {@link CommandKilled} when
+   * Resolves when it has ended, with nothing, so that a handler may be just this. Rejects when the program cannot be started, and with the {@link CommandKilled} when
    * the command was killed.
    */
-  spawn(file: string, args?: readonly string[], options?: SpawnOptions): Promise<number>;
+  spawn(file: string, args?: readonly string[], options?: SpawnOptions): Promise<void>;
 }
 
 /** What is returned, unless null or undefined, becomes the last line of stdout, as compact JSON. */

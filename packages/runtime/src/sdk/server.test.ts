@@ -483,6 +483,23 @@ describe('a runtime as a process', () => {
   });
 
   test.each([
+    ['a socket', false],
+    ['a pipe', true],
+  ])(
+    'does not start after something was printed on a wire that is %s, and says so',
+    async (_name, viaPipe) => {
+      const runtime = await programs.runtime(`runCommand: () => 0`, `console.log('early');`);
+      await using spawned = spawnPeer(runtime, undefined, viaPipe);
+      const { code, stderr } = await spawned.closed;
+      expect(stderr).toMatch(
+        /^Error: 6 bytes were printed on stdout before runRuntime.*; call runRuntime before anything that prints/,
+      );
+      // Through a pipe it is the code of what reads from it.
+      expect(code).toBe(viaPipe ? 0 : 1);
+    },
+  );
+
+  test.each([
     ['SIGTERM', 143],
     ['SIGINT', 130],
   ] as const)('calls stop on %s and ends the programs it started', async (signal, code) => {

@@ -1,3 +1,4 @@
+import { MillraceError } from '@millrace/runner';
 import { describe, expect, test } from 'vitest';
 import { parseDeployOutput, parseOffer } from './deploy-output.ts';
 
@@ -15,9 +16,9 @@ describe('the output of deploy', () => {
   });
 
   test.each([
-    ['INFO {x} hello\n{"valid":{"Ok":""}}', 'in INFO {x} hello'],
+    ['INFO {x} hello\n{"valid":{"Ok":""}}', 'in "INFO {x} hello\\n{'],
     ['{"valid":{"Ok":""}} done', 'done'],
-    ['ready', 'no object in ready'],
+    ['ready', 'no object in "ready"'],
     ['{}', 'valid must be'],
     ['{"valid":"ok"}', 'valid must be'],
     ['{"valid":{"Ok":"","Err":""}}', 'valid must be'],
@@ -31,6 +32,12 @@ describe('the output of deploy', () => {
     ['{"valid":{"Err":"bad image"},"startMode":"blocking"}', 'the runtime refused to deploy: bad image'],
   ])('%j is refused', (stdout, message) => {
     expect(() => parseDeployOutput(stdout)).toThrow(message);
+  });
+
+  test('that is not as it must be is no fault of whoever deploys, and told on one line', () => {
+    const error = thrown(() => parseDeployOutput('ready\nfor {\n'));
+    expect(error.code).toBe('data_loss');
+    expect(error.message).not.toContain('\n');
   });
 });
 
@@ -50,11 +57,23 @@ describe('the output of offer-template', () => {
 
   test.each([
     ['', 'offer-template is invalid'],
-    ['ready', 'offer-template is invalid'],
+    ['ready\n', 'in "ready\\n"'],
     ['[]', 'no object'],
     ['{"properties":{}}', 'constraints must be a text'],
     ['{"constraints":"","properties":[]}', 'properties must be an object'],
   ])('%j is refused', (stdout, message) => {
-    expect(() => parseOffer(stdout)).toThrow(message);
+    const error = thrown(() => parseOffer(stdout));
+    expect(error.code).toBe('data_loss');
+    expect(error.message).toContain(message);
+    expect(error.message).not.toContain('\n');
   });
 });
+
+function thrown(work: () => unknown): MillraceError {
+  try {
+    work();
+  } catch (error) {
+    if (MillraceError.is(error)) return error;
+  }
+  throw new Error('nothing was thrown');
+}

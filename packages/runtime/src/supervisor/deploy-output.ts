@@ -12,19 +12,20 @@ export interface DeployOutput {
 /**
  * Everything before the first `{` is dropped; the object must be the rest. No output means command mode without volumes.
  *
- * @throws MillraceError `invalid_argument` for anything else, and for a deployment that says it failed; `failed_precondition`.
+ * @throws MillraceError `data_loss` for anything else, `invalid_argument` for a volume that may not be, `failed_precondition`
+ * for a deployment that says it failed.
  */
 export function parseDeployOutput(stdout: string): DeployOutput {
   if (stdout.trim() === '') return { mode: 'command', volumes: [] };
   const start = stdout.indexOf('{');
-  if (start < 0) throw invalid(`no object in ${shown(stdout)}`);
+  if (start < 0) throw invalid(`no object in ${quoted(stdout)}`);
   let value: unknown;
   try {
     value = JSON.parse(stdout.slice(start));
   } catch (error) {
-    throw invalid(`${(error as Error).message} in ${shown(stdout)}`);
+    throw invalid(notJson(error, stdout));
   }
-  if (!isObject(value)) throw invalid(`no object in ${shown(stdout)}`);
+  if (!isObject(value)) throw invalid(`no object in ${quoted(stdout)}`);
   const { valid, vols = [], startMode = 'empty' } = value;
   const outcome = isObject(valid) ? Object.entries(valid) : [];
   const [result, text] = outcome.length === 1 ? outcome[0]! : [];
@@ -57,7 +58,7 @@ export const EMPTY_OFFER: OfferTemplate = { constraints: '', properties: {} };
 /**
  * One object with both members; what follows it is ignored.
  *
- * @throws MillraceError `invalid_argument` for anything else, an empty output included.
+ * @throws MillraceError `data_loss` for anything else, an empty output included.
  */
 export function parseOffer(stdout: string): OfferTemplate {
   const text = stdout.trimStart();
@@ -65,9 +66,9 @@ export function parseOffer(stdout: string): OfferTemplate {
   try {
     value = JSON.parse(text.slice(0, endOfObject(text)));
   } catch (error) {
-    throw badOffer(`${(error as Error).message} in ${shown(stdout)}`);
+    throw badOffer(notJson(error, stdout));
   }
-  if (!isObject(value)) throw badOffer(`no object in ${shown(stdout)}`);
+  if (!isObject(value)) throw badOffer(`no object in ${quoted(stdout)}`);
   if (typeof value.constraints !== 'string') throw badOffer('constraints must be a text, "" for none');
   if (!isObject(value.properties)) throw badOffer('properties must be an object');
   return { constraints: value.constraints, properties: value.properties };
@@ -90,13 +91,22 @@ function endOfObject(text: string): number {
 }
 
 function invalid(rule: string): MillraceError {
-  return new MillraceError('invalid_argument', `the output of deploy is invalid: ${rule}`);
+  return new MillraceError('data_loss', `the output of deploy is invalid: ${rule}`);
 }
 
 function badOffer(rule: string): MillraceError {
-  return new MillraceError('invalid_argument', `the output of offer-template is invalid: ${rule}`);
+  return new MillraceError('data_loss', `the output of offer-template is invalid: ${rule}`);
 }
 
-function shown(text: string): string {
-  return truncateUtf8(text, 200);
+/** The parser's words, which quote what it read as it is, on one line. */
+function notJson(error: unknown, stdout: string): string {
+  return `${(error as Error).message.replace(/\s+/g, ' ')} in ${quoted(stdout)}`;
+}
+
+function quoted(text: string): string {
+  return JSON.stringify(truncateUtf8(text, 200));
+}
+
+function shown(json: string): string {
+  return truncateUtf8(json, 200);
 }

@@ -100,6 +100,34 @@ describe('a task', () => {
     expect(text(ctx, 'd/all')).toBe('XZY');
   });
 
+  test('may bring the image of the runtime as one of its inputs, which is then no file of the volume', async () => {
+    const runtime = await programs.runtime(`
+      deploy: async (ctx) => {
+        console.error(await (await import('node:fs/promises')).readFile(ctx.cli.taskPackage, 'utf8'));
+        return { vols: [{ name: 'v-in', path: '/in' }, { name: 'v-out', path: '/out' }] };
+      },
+      runCommand: (ctx, run) => ctx.command((command) => command.spawn('/bin/ls', [ctx.cli.workdir + '/v-in']))`);
+    const own = { runtime: { path: runtime, name: 'shell' } };
+    const inputs = { x: 'X', y: 'Y' };
+    const capture = { stdout: { atEnd: {} } };
+    for (const [task_package, image, listed] of [
+      ['input:0', 'X', 'y\n'],
+      ['input:y', 'Y', 'x\n'],
+    ] as const) {
+      const meta = { task_package, exe_script: script(sh('', capture)) };
+      const { ctx, error } = await perform(meta, { inputs }, own);
+      expect(error).toBeNull();
+      expect([results(ctx)[0]!.stderr, results(ctx)[2]!.stdout]).toEqual([`${image}\n`, listed]);
+    }
+    for (const task_package of ['input:2', 'input:z', 'x', 7]) {
+      const { error } = await perform({ task_package, exe_script: script() }, { inputs }, own);
+      expect(error?.message).toContain("must be one of the task's 2 inputs");
+    }
+    const fixed = { ...own, taskPackage: runtime };
+    const { error } = await perform({ task_package: 'input:0', exe_script: script() }, { inputs }, fixed);
+    expect(error?.message).toContain('meta.task_package must be left out');
+  });
+
   test('tells events, progress, results and usage of each command', async () => {
     const { ctx } = await perform({ exe_script: script(sh('printf out; printf err >&2', STREAM)) });
     expect(ctx.progressValues).toEqual([1, 2, 3].map((done) => ({ done, total: 3, unit: 'commands' })));
@@ -310,12 +338,12 @@ describe('the runner', () => {
       ]),
     );
     for (const [descriptor, expected] of [
-      ['plain', '[{"profile":null},"/image",null]'],
+      ['plain', `[{"profile":null},${JSON.stringify(runtime)},null]`],
       ['managed', '[{"profile":"small"},null,4]'],
     ] as const) {
       const options = {
         runtime: { descriptor, dirs: [dir] },
-        taskPackage: '/image',
+        taskPackage: runtime,
         hardware: { cpuCores: 4 },
       };
       expect(golemRunner(options).capability).toBe(`/golem/${descriptor}/v1`);
@@ -333,6 +361,10 @@ describe('the runner', () => {
     const plain = await programs.module('');
     await chmod(plain, 0o644);
     expect(() => golemRunner({ runtime: { path: plain } })).toThrow('is not executable');
+    expect(() => golemRunner({ runtime: { path: programs.dir } })).toThrow('is not a file');
+    expect(() => golemRunner({ runtime: { path: shell }, taskPackage: programs.path('image') })).toThrow(
+      `task package ${programs.path('image')} does not exist`,
+    );
     expect(() => golemRunner({ runtime: { path: shell }, limits: { runMs: -1 } })).toThrow('limits.runMs');
     expect(() => golemRunner({ runtime: { path: shell }, capability: 'a b' })).toThrow('white space');
   });

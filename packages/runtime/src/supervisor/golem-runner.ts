@@ -5,7 +5,7 @@
  * another volume become the task's artifacts. Scripts can also move files themselves, with `transfer` between
  * `container:/path`, `input:N` (or `input:CID`) and `output:path`.
  */
-import { accessSync, constants, createReadStream } from 'node:fs';
+import { accessSync, constants, createReadStream, statSync } from 'node:fs';
 import { mkdir, mkdtemp, realpath, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
@@ -26,7 +26,12 @@ import { isObject } from '../sdk/canonical-json.ts';
 import { descriptorArgs, findDescriptor } from './descriptor.ts';
 import { parseExeScript, runScript, type ScriptCommand, type ScriptResult } from './exe-script.ts';
 import { checkLimits, type SupervisorLimits } from './limits.ts';
-import { RuntimeSupervisor, type RuntimeEvent, type SupervisorOptions } from './runtime-supervisor.ts';
+import {
+  RuntimeSupervisor,
+  checkTaskPackage,
+  type RuntimeEvent,
+  type SupervisorOptions,
+} from './runtime-supervisor.ts';
 import { listVolume, openInVolume, writeToVolume, type VolumePlace, type VolumeTable } from './volumes.ts';
 
 export interface GolemRunnerOptions {
@@ -36,7 +41,10 @@ export interface GolemRunnerOptions {
     | { readonly descriptor: string; readonly dirs?: readonly string[] };
   /** Default `/golem/<runtime>/v1`. */
   readonly capability?: string;
-  /** An image handed to the runtime, unless its descriptor says that it brings its own. */
+  /**
+   * An image handed to the runtime, unless its descriptor says that it brings its own. Default: the input that a task names in
+   * `meta.task_package`, if it does.
+   */
   readonly taskPackage?: string;
   /** Caps handed to the runtime; with a descriptor, only when it manages its hardware. */
   readonly hardware?: SupervisorOptions['hardware'];
@@ -98,20 +106,25 @@ interface TaskRequest {
   readonly inputVolume: string | null;
   readonly outputVolume: string | null;
   readonly inputNames: readonly string[];
+  /** The input that is the runtime's image. */
+  readonly image: string | null;
 }
 
 /**
  * Makes the runner. A task's `meta` has `exe_script` (the commands), and may have `input_volume` and `output_volume` (paths inside the
  * runtime; default `/in` or `/input`, `/out` or `/output`, where there is one) and `input_names` (file names, in the order
- * of the inputs; default their stored names).
+ * of the inputs; default their stored names). Where the node fixes no image, `task_package` may name the input that is the
+ * image, as `input:0` or `input:CID`; that one does not appear in the volume.
  *
  * Each command's events and result are events of the task, the results are also its artifact `exe-results.json`. The first
  * command that fails fails the task. Cancelling kills the command, then the runtime; `run` rejects when nothing of it is left.
  *
- * @throws MillraceError `not_found` or `failed_precondition` for a runtime that cannot be run, `invalid_argument` for an option.
+ * @throws MillraceError `not_found` or `failed_precondition` for a runtime that cannot be run, `invalid_argument` for an option or a
+ * `taskPackage` that is not there.
  */
 export function golemRunner(options: GolemRunnerOptions): Runner {
   const runtime = resolveRuntime(options);
+  if (options.taskPackage !== undefined) checkTaskPackage(path.resolve(options.taskPackage));
   const { commands, abortMs, capturedBytes, outputFiles, outputTotalBytes, outputDepth, ...rest } = {
     ...DEFAULT_GOLEM_TASK_LIMITS,
     ...options.limits,
@@ -129,6 +142,7 @@ export function golemRunner(options: GolemRunnerOptions): Runner {
   checkCapability(capability);
   return {
     capability,
+    type: 'runtime',
     run: (ctx) => new GolemTask(ctx, runtime, options, rest, taskLimits).run(),
   };
 }
@@ -159,7 +173,7 @@ class GolemTask {
   async run(): Promise<void> {
     const { signal } = this.#ctx;
     signal.throwIfAborted();
-    const request = parseRequest(this.#ctx.lease.task.meta, this.#taskLimits.commands);
+    const request = parseRequest(this.#ctx.lease.task, this.#taskLimits.commands);
     const parent = path.resolve(this.#options.workDir ?? tmpdir());
     await mkdir(parent, { recursive: true });
     const workDir = await realpath(await mkdtemp(path.join(parent, 'golem-')));
@@ -172,12 +186,17 @@ class GolemTask {
 
   async #runIn(workDir: string, request: TaskRequest): Promise<void> {
     const { signal, output } = this.#ctx;
-    const made = this.#supervisor(workDir);
+    const made = this.#supervisor(workDir, await this.#image(request));
     // Before the supervisor, so that it still watches while that closes.
     using _killer = this.#killAfterAbort(made);
     await using supervisor = made;
     const results = await this.#runScript(supervisor, request);
-    this.#tell({ type: 'exe_usage', usage: { ...(await supervisor.usage()) } });
+    const usage = await supervisor.usage();
+    this.#tell({ type: 'exe_usage', usage: { ...usage } });
+    await this.#ctx.ctrl.usage?.({
+      cpu_ms: Math.round((usage['golem.usage.cpu_sec'] ?? 0) * 1000),
+      peak_memory_bytes: Math.round((usage['golem.usage.gib'] ?? 0) * 1024 ** 3),
+    });
     // Nothing writes any more while the outputs are read.
     await supervisor.close();
     signal.throwIfAborted();
@@ -206,8 +225,21 @@ class GolemTask {
     };
   }
 
-  #supervisor(workDir: string): RuntimeSupervisor {
-    const { taskPackage, hardware, env, log, runtimeArgs = [] } = this.#options;
+  /** The file handed to the runtime as its image, if any. */
+  async #image({ image }: TaskRequest): Promise<string | undefined> {
+    const { taskPackage } = this.#options;
+    if (image === null) return this.#runtime.managedImage ? undefined : taskPackage;
+    if (taskPackage !== undefined || this.#runtime.managedImage) {
+      throw new MillraceError(
+        'invalid_argument',
+        `meta.task_package must be left out: the node says what image ${this.#runtime.name} runs`,
+      );
+    }
+    return await this.#ctx.input.materializeCidToTemp(image, { signal: this.#ctx.signal });
+  }
+
+  #supervisor(workDir: string, taskPackage: string | undefined): RuntimeSupervisor {
+    const { hardware, env, log, runtimeArgs = [] } = this.#options;
     return new RuntimeSupervisor({
       runtime: this.#runtime.path,
       workDir,
@@ -215,7 +247,7 @@ class GolemTask {
       limits: this.#limits,
       clock: this.#clock,
       onEvent: (event) => this.#onRuntimeEvent(event),
-      ...(taskPackage !== undefined && !this.#runtime.managedImage ? { taskPackage } : {}),
+      ...(taskPackage === undefined ? {} : { taskPackage }),
       ...(hardware && this.#runtime.managedHardware ? { hardware } : {}),
       ...(env ? { env } : {}),
       ...(log ? { log } : {}),
@@ -267,7 +299,7 @@ class GolemTask {
 
   async #placeInputs(volumes: VolumeTable, request: TaskRequest): Promise<void> {
     const cids = this.#ctx.lease.task.inputs_cids;
-    if (cids.length === 0) return;
+    if (cids.every((cid) => cid === request.image)) return;
     const folder = request.inputVolume ?? defaultVolume(volumes, INPUT_VOLUMES);
     if (folder === null) {
       this.#ctx.log.info('the runtime has no input volume; its script must transfer the inputs', {});
@@ -276,6 +308,7 @@ class GolemTask {
     const place = volumes.locate(folder);
     const taken = new Set<string>();
     for (const [index, cid] of cids.entries()) {
+      if (cid === request.image) continue;
       const input = await this.#ctx.input.materializeCidWithMeta(cid, { signal: this.#ctx.signal });
       const wanted = request.inputNames[index] ?? input.name ?? path.basename(input.path);
       const name = freeName(wanted, index, taken);
@@ -406,10 +439,16 @@ function resolveRuntime(options: GolemRunnerOptions): ResolvedRuntime {
       { cause: error },
     );
   }
+  if (!statSync(resolved.path).isFile()) {
+    throw new MillraceError('failed_precondition', `runtime ${resolved.path} is not a file, so no program`);
+  }
   return resolved;
 }
 
-function parseRequest(meta: Json, maxCommands: number): TaskRequest {
+function parseRequest(
+  { meta, inputs_cids: inputs }: { readonly meta: Json; readonly inputs_cids: readonly string[] },
+  maxCommands: number,
+): TaskRequest {
   const value = isObject(meta) ? meta : {};
   if (value.exe_script === undefined) {
     throw new MillraceError('invalid_argument', 'meta.exe_script is missing: the array of commands to run');
@@ -432,7 +471,20 @@ function parseRequest(meta: Json, maxCommands: number): TaskRequest {
     inputVolume: volume('input_volume'),
     outputVolume: volume('output_volume'),
     inputNames: names as string[],
+    image: parseImage(value.task_package, inputs),
   };
+}
+
+/** The input's CID. */
+function parseImage(given: Json | undefined, inputs: readonly string[]): string | null {
+  if (given === undefined || given === null) return null;
+  const [, rest] = /^input:(.+)$/.exec(typeof given === 'string' ? given : '') ?? [];
+  const cid = rest !== undefined && /^\d+$/.test(rest) ? inputs[Number(rest)] : rest;
+  if (cid !== undefined && inputs.includes(cid)) return cid;
+  throw new MillraceError(
+    'invalid_argument',
+    `meta.task_package must be one of the task's ${inputs.length} inputs, such as input:0, got ${JSON.stringify(given)}`,
+  );
 }
 
 function isFileName(name: string): boolean {

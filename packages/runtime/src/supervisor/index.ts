@@ -22,8 +22,15 @@ export type {
   InvocationResult,
 } from './invocations.ts';
 export type { OfferTemplate } from './deploy-output.ts';
-export { findDescriptor, listDescriptors, pluginDirs, writeDescriptor } from './descriptor.ts';
+export {
+  descriptorArgs,
+  findDescriptor,
+  listDescriptors,
+  pluginDirs,
+  writeDescriptor,
+} from './descriptor.ts';
 export type {
+  DescriptorArgs,
   DescriptorList,
   ListDescriptorsOptions,
   RuntimeDescriptor,

@@ -7,7 +7,7 @@ import { EMPTY_OFFER, parseOffer, type OfferTemplate } from './deploy-output.ts'
 import { runtimeEnvironment } from './environment.ts';
 import { checkLimits } from './limits.ts';
 import { startOneShot } from './one-shot.ts';
-import { ProcessTree } from './process-tree.ts';
+import { ActivityProcesses } from './activity-processes.ts';
 import { RuntimeSupervisor, type DeployRequest, type SupervisorOptions } from './runtime-supervisor.ts';
 
 export interface InvocationOptions {
@@ -41,7 +41,7 @@ export function testRuntime(options: InvocationOptions): Promise<InvocationResul
 /**
  * What the runtime adds to an offer. A runtime that fails adds nothing, as with the supervisors in use; its exit code tells.
  *
- * @throws MillraceError `invalid_argument` for output that is no template, and as {@link testRuntime}.
+ * @throws MillraceError `data_loss` for output that is no template, and as {@link testRuntime}.
  */
 export async function offerOf(
   options: InvocationOptions,
@@ -95,9 +95,9 @@ async function invoke(options: InvocationOptions, subcommand: string): Promise<I
     stderr: new OutputCapture(CAPTURE_ALL, limits.captureBytes),
   };
   const startedAt = clock.monotonic();
-  const tree = new ProcessTree(clock);
+  const processes = new ActivityProcesses(clock);
   try {
-    const oneShot = await startOneShot(tree, clock, {
+    const oneShot = await startOneShot(processes, clock, {
       file: path.resolve(options.runtimePath),
       args: [...(options.args ?? []), subcommand],
       cwd: undefined,
@@ -121,6 +121,6 @@ async function invoke(options: InvocationOptions, subcommand: string): Promise<I
       signal?.removeEventListener('abort', onAbort);
     }
   } finally {
-    await tree.close();
+    await processes.close();
   }
 }

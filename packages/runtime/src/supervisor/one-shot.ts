@@ -1,8 +1,8 @@
 /** One invocation of a runtime's binary that ends by itself: deploy, test, offer-template, and every command of command mode. */
 import type { Readable } from 'node:stream';
 import { MillraceError, type Clock } from '@millrace/runner';
-import type { GroupProcess, ProcessExit, ProcessTree } from './process-tree.ts';
-import { within } from './process-tree.ts';
+import type { GroupProcess, ProcessExit, ActivityProcesses } from './activity-processes.ts';
+import { within } from './activity-processes.ts';
 
 /** After the end of the process, what it wrote is waited for this long: a child of its own may hold the pipes for ever. */
 const DRAIN_MS = 1_000;
@@ -33,11 +33,11 @@ export interface OneShot {
 
 /** @throws MillraceError when it cannot be started. */
 export async function startOneShot(
-  tree: ProcessTree,
+  processes: ActivityProcesses,
   clock: Clock,
   request: OneShotRequest,
 ): Promise<OneShot> {
-  const group = await tree.spawn({ ...request, stdio: ['ignore', 'pipe', 'pipe'] });
+  const group = await processes.spawn({ ...request, stdio: ['ignore', 'pipe', 'pipe'] });
   const stdout = group.child.stdout!;
   const stderr = group.child.stderr!;
   // The first reason stays.

@@ -66,7 +66,7 @@ describe.each(['server', 'command'] as const)('a runtime in %s mode', (mode) => 
     const events: RuntimeEvent[] = [];
     await using supervisor = await open(runtime(), {
       onEvent: (event) => events.push(event),
-      taskPackage: '/image',
+      taskPackage: runtime(),
       hardware: { cpuCores: 2.5, memGib: 0.5 },
       runtimeArgs: [],
     });
@@ -76,7 +76,7 @@ describe.each(['server', 'command'] as const)('a runtime in %s mode', (mode) => 
     expect(JSON.parse(String(deployed.stdout.value))).toMatchObject({
       cli: {
         workdir: supervisor.workDir,
-        taskPackage: '/image',
+        taskPackage: runtime(),
         cpuCores: 2,
         memGib: 0.5,
         volumeOverride: { '/a': { host: {} } },
@@ -208,6 +208,25 @@ describe('a runtime that cannot be started', () => {
       code: 'failed_precondition',
       message: expect.stringContaining('chmod +x plain'),
     });
+    await using folder = await open(programs.dir);
+    expect(await failure(folder.deploy())).toMatchObject({
+      code: 'failed_precondition',
+      message: expect.stringContaining('is a folder, not a program'),
+    });
+  });
+
+  test('is not started without its image, or in a work directory that is a file', async () => {
+    const runtime = await programs.runtime(`runCommand: () => 0`);
+    await using imageless = await open(runtime, { taskPackage: programs.path('absent.img') });
+    expect(await failure(imageless.deploy())).toMatchObject({
+      code: 'invalid_argument',
+      message: expect.stringContaining(`task package ${programs.path('absent.img')} does not exist`),
+    });
+    await using homeless = new RuntimeSupervisor({ runtime, workDir: runtime });
+    expect(await failure(homeless.deploy())).toMatchObject({
+      code: 'invalid_argument',
+      message: `work directory ${runtime} cannot be made`,
+    });
   });
 
   test('fails its start with its last words', async () => {
@@ -277,6 +296,12 @@ describe('a runtime that breaks the rules', () => {
     ['never answers hello', ``, 'deadline_exceeded', 'did not answer hello within 1000 ms'],
     ['exits with 0 instead of hello', `process.exit(0)`, 'unavailable', 'exited with code 0'],
     ['prints text first', `console.log('listening')`, 'data_loss', 'does not speak the protocol'],
+    [
+      'prints text and exits',
+      `console.error('no config'); console.log('sorry'); process.exitCode = 3; process.stdin.destroy()`,
+      'data_loss',
+      'middle of a frame; the runtime exited with code 3; its last words: no config',
+    ],
     [
       'floods Start with output',
       `for (;;) status({ running: true, stdout: Buffer.alloc(65536) })`,

@@ -8,6 +8,7 @@
  * Nothing waits for the runtime without a limit. When it dies, answers wrongly, or writes anything but frames, all that waits
  * for it fails with what happened. After `close` no process of the activity is left.
  */
+import { accessSync } from 'node:fs';
 import { mkdir } from 'node:fs/promises';
 import path from 'node:path';
 import { MillraceError, systemClock, type Clock, type Json, type Logger } from '@millrace/runner';
@@ -17,7 +18,7 @@ import { parseDeployOutput, type DeployOutput } from './deploy-output.ts';
 import { runtimeEnvironment } from './environment.ts';
 import { checkLimits, type SupervisorLimits } from './limits.ts';
 import { startOneShot, type OneShot } from './one-shot.ts';
-import { ProcessTree, type ProcessExit } from './process-tree.ts';
+import { ActivityProcesses, type ProcessExit } from './activity-processes.ts';
 import {
   openCaptures,
   type Captures,
@@ -86,7 +87,7 @@ export class RuntimeSupervisor implements AsyncDisposable {
   readonly #options: SupervisorOptions;
   readonly #clock: Clock;
   readonly #env: Readonly<Record<string, string>>;
-  readonly #tree: ProcessTree;
+  readonly #processes: ActivityProcesses;
   readonly #usage: UsageMeter;
   readonly #oneShots = new Set<OneShot>();
   #state: ActivityState = 'Initialized';
@@ -105,8 +106,8 @@ export class RuntimeSupervisor implements AsyncDisposable {
     this.workDir = path.resolve(options.workDir);
     this.limits = checkLimits(options.limits);
     this.#env = runtimeEnvironment(process.env, options.env);
-    this.#tree = new ProcessTree(this.#clock);
-    this.#usage = new UsageMeter(this.#clock, this.workDir, () => this.#tree.roots);
+    this.#processes = new ActivityProcesses(this.#clock);
+    this.#usage = new UsageMeter(this.#clock, this.workDir, () => this.#processes.roots);
     this.#volumes = new VolumeTable(this.workDir, []);
   }
 
@@ -132,15 +133,16 @@ export class RuntimeSupervisor implements AsyncDisposable {
   /**
    * Sets up the work directory. A result with another exit code than 0 means that it failed.
    *
-   * @throws MillraceError `failed_precondition` in another state or when the runtime says it failed, `invalid_argument`
-   * for output that is not as it must be; and as {@link RunningCommand.result}.
+   * @throws MillraceError `failed_precondition` in another state or when the runtime says it failed, `data_loss` for
+   * output that is not as it must be, `invalid_argument` for an image or a work directory that may not be; and as
+   * {@link RunningCommand.result}.
    */
   deploy(
     request: DeployRequest = {},
     options: CommandOptions = {},
   ): Promise<CommandResult & { readonly volumes: readonly Volume[] }> {
     return this.#step('deploy', 'Initialized', async () => {
-      await mkdir(this.workDir, { recursive: true });
+      await this.#checkPlaces();
       const words = [...this.#globalWords()];
       if (request.volumes) words.push('--volume-override', JSON.stringify(request.volumes));
       if (request.hostname !== undefined) words.push('--hostname', request.hostname);
@@ -179,7 +181,7 @@ export class RuntimeSupervisor implements AsyncDisposable {
       const session = await ServerSession.start({
         ...this.#invocation(),
         args: [...this.#globalWords(), 'start', ...args],
-        tree: this.#tree,
+        processes: this.#processes,
         clock: this.#clock,
         limits: this.limits,
         protocol: this.#options.protocol ?? '0.1.0',
@@ -236,7 +238,7 @@ export class RuntimeSupervisor implements AsyncDisposable {
   close(): Promise<void> {
     this.#closed ??= (async () => {
       await this.#stopAll(new MillraceError('canceled', 'the supervisor was closed'));
-      await this.#tree.close();
+      await this.#processes.close();
       this.#state = 'Terminated';
       this.#usage.close();
     })();
@@ -249,7 +251,7 @@ export class RuntimeSupervisor implements AsyncDisposable {
 
   /** SIGKILL to everything at once; what waits for it then fails. {@link close} is still to be called. */
   async kill(): Promise<void> {
-    await this.#tree.end(0);
+    await this.#processes.end(0);
   }
 
   async #stopAll(reason: MillraceError): Promise<void> {
@@ -257,7 +259,7 @@ export class RuntimeSupervisor implements AsyncDisposable {
     this.#session = null;
     for (const oneShot of this.#oneShots) oneShot.stop(reason);
     await session?.stop(reason);
-    await this.#tree.end(this.limits.killGraceMs);
+    await this.#processes.end(this.limits.killGraceMs);
   }
 
   async #step<T>(name: 'deploy' | 'start', from: ActivityState, work: () => Promise<T>): Promise<T> {
@@ -297,6 +299,17 @@ export class RuntimeSupervisor implements AsyncDisposable {
     yield* runtimeArgs;
   }
 
+  /** Here and not by the runtime, which would say less of what is wrong with them. */
+  async #checkPlaces(): Promise<void> {
+    const { taskPackage } = this.#options;
+    if (taskPackage !== undefined) checkTaskPackage(path.resolve(taskPackage));
+    await mkdir(this.workDir, { recursive: true }).catch((error: unknown) => {
+      throw new MillraceError('invalid_argument', `work directory ${this.workDir} cannot be made`, {
+        cause: error,
+      });
+    });
+  }
+
   #invocation(): {
     readonly file: string;
     readonly cwd: string;
@@ -321,7 +334,7 @@ export class RuntimeSupervisor implements AsyncDisposable {
   ): Promise<RunningCommand> {
     const { signal, capture, onOutput } = options;
     const captures = openCaptures(capture, this.limits.captureBytes);
-    const oneShot = await startOneShot(this.#tree, this.#clock, {
+    const oneShot = await startOneShot(this.#processes, this.#clock, {
       ...this.#invocation(),
       args,
       timeoutMs,
@@ -375,6 +388,17 @@ function finished(exit: ProcessExit, captures: Captures): CommandResult {
     stdout: captures.stdout.result(),
     stderr: captures.stderr.result(),
   };
+}
+
+/** @throws MillraceError `invalid_argument` when there is nothing. What it must hold, the runtime says. */
+export function checkTaskPackage(file: string): void {
+  try {
+    accessSync(file);
+  } catch (error) {
+    throw new MillraceError('invalid_argument', `task package ${file} does not exist or cannot be reached`, {
+      cause: error,
+    });
+  }
 }
 
 function refused(rule: string): MillraceError {

@@ -15,7 +15,7 @@ import {
 } from '@millrace/runner';
 import type { SupervisorLimits } from './limits.ts';
 import { outputExceeded } from './one-shot.ts';
-import { within, type GroupProcess, type ProcessTree } from './process-tree.ts';
+import { within, type GroupProcess, type ActivityProcesses } from './activity-processes.ts';
 import {
   openCaptures,
   type Captures,
@@ -42,7 +42,7 @@ export interface SessionOptions {
   readonly args: readonly string[];
   readonly cwd: string;
   readonly env: Readonly<Record<string, string>>;
-  readonly tree: ProcessTree;
+  readonly processes: ActivityProcesses;
   readonly clock: Clock;
   readonly limits: SupervisorLimits;
   readonly protocol: string;
@@ -76,6 +76,8 @@ export class ServerSession {
   /** Where output of unknown pids goes while Start is under way. */
   #starting: ServerCommand | null;
   #stopReason: MillraceError | null = null;
+  /** Its output ended inside a frame. */
+  #cut: MillraceError | null = null;
   /** Resolves when the process has ended and its last frames were read. */
   readonly #gone: Promise<void>;
   #stopped: Promise<void> | null = null;
@@ -86,7 +88,7 @@ export class ServerSession {
     options: SessionOptions,
   ): Promise<{ readonly session: ServerSession; readonly result: CommandResult }> {
     options.command.signal?.throwIfAborted();
-    const child = await options.tree.spawn({ ...options, stdio: ['pipe', 'pipe', 'pipe'] });
+    const child = await options.processes.spawn({ ...options, stdio: ['pipe', 'pipe', 'pipe'] });
     const session = new ServerSession(options, child);
     const { signal } = options.command;
     const onAbort = (): void => session.#client.fail(signal?.reason);
@@ -138,8 +140,12 @@ export class ServerSession {
       await within(options.clock, drained, DRAIN_MS);
       for (const stream of [stdin!, stdout!, stderr!]) stream.destroy();
       const how = exit.signal === null ? `exited with code ${exit.code}` : `was ended by ${exit.signal}`;
+      const words = `the runtime ${how}${this.#lastWords()}`;
       this.#failAll(
-        this.#stopReason ?? new MillraceError('unavailable', `the runtime ${how}${this.#lastWords()}`),
+        this.#stopReason ??
+          (this.#cut === null
+            ? new MillraceError('unavailable', words)
+            : new MillraceError('data_loss', `${this.#cut.message}; ${words}`, { cause: this.#cut.cause })),
       );
     });
   }
@@ -305,7 +311,8 @@ export class ServerSession {
   /** Nothing more can be believed of its output, so nothing more is expected of it. */
   #onBroken(error: MillraceError): void {
     // The end of its output is how every exit looks from here; the exit itself says more.
-    if (error.code === 'unavailable') {
+    if (error.code === 'unavailable' || this.#process.child.stdout!.readableEnded) {
+      if (error.code !== 'unavailable') this.#cut ??= error;
       void this.#endUnlessExited(error);
       return;
     }
@@ -386,7 +393,9 @@ class ServerCommand implements RunningCommand {
     this.#timer = clock.setTimer(
       () =>
         this.cancel(
-          new MillraceError('deadline_exceeded', `the command did not end within runMs of ${runMs} ms`),
+          new MillraceError('deadline_exceeded', `the command did not end within runMs of ${runMs} ms`, {
+            details: { limit: 'runMs', value: runMs },
+          }),
         ),
       runMs,
     );

@@ -173,7 +173,10 @@ describe('the rules of the encoding', () => {
       }),
       { numRuns: 500 },
     );
-    expect(() => decodeResponse(Buffer.from('hello, world\n'))).toThrow(/13 bytes \(68656c6c6f/);
+    expect(() => decodeResponse(Buffer.from('hello, world\n'))).toThrow(
+      '13 bytes (68656c6c6f2c20776f726c640a, in text "hello, world\\n") are not a response',
+    );
+    expect(() => decodeResponse(hex('ff ff ff ff ff'))).toThrow('5 bytes (ffffffffff) are not a response');
   });
 });
 

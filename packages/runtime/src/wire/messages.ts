@@ -56,10 +56,14 @@ function decoded<T>(what: string, payload: Uint8Array, read: () => T): T {
   try {
     return read();
   } catch (error) {
-    const start = Buffer.from(payload.subarray(0, 32)).toString('hex');
+    const start = Buffer.from(payload.subarray(0, 32));
+    const more = payload.length > 32 ? '…' : '';
+    // What is not the protocol is most often something that was printed.
+    const [text] = /^[\t\n\r\x20-\x7e]{4,}/.exec(start.toString('latin1')) ?? [];
+    const asText = text === undefined ? '' : `, in text ${JSON.stringify(text)}`;
     throw new MillraceError(
       'invalid_argument',
-      `${payload.length} bytes (${start}${payload.length > 32 ? '…' : ''}) are not ${what}`,
+      `${payload.length} bytes (${start.toString('hex')}${more}${asText}) are not ${what}`,
       { cause: error },
     );
   }

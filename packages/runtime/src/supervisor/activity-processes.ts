@@ -1,19 +1,17 @@
 /**
  * The processes of one activity: each started in a process group of its own, none left at the end.
  *
- * A group is signalled as a whole. A process that leaves its group is still found on Linux: it has inherited a mark in its
- * environment, or descends from one that has. Elsewhere only the groups are reached.
+ * A group is signalled as a whole. On Linux whoever leaves its group is still found, see `ProcessTree`; elsewhere only
+ * the groups are reached.
  */
 import { spawn, type ChildProcess, type StdioOptions } from 'node:child_process';
 import { randomUUID } from 'node:crypto';
-import { readFileSync, readdirSync } from 'node:fs';
+import { statSync } from 'node:fs';
 import path from 'node:path';
+import { ProcessTree } from '@millrace/exec/process';
 import { MillraceError, sleep, type Clock } from '@millrace/runner';
 
 const MARK = 'MILLRACE_ACTIVITY';
-const SWEEP_PAUSE_MS = 20;
-/** Enough for a chain of forks to be overtaken; a process that cannot be killed (in the kernel) is then given up. */
-const MAX_SWEEPS = 250;
 
 export interface ProcessExit {
   /** Null when a signal ended it. */
@@ -29,7 +27,11 @@ export interface GroupProcess {
   readonly hasExited: boolean;
   /** To the whole group. Harmless when it is gone. */
   signal(name: NodeJS.Signals | number): void;
-  /** SIGTERM to the group, SIGKILL after `graceMs`. Resolves when nothing is left of the process and what it started. */
+  /**
+   * SIGTERM to the group, SIGKILL after `graceMs`. Resolves when nothing is left of the process and what it started.
+   *
+   * @throws MillraceError `internal` for a process the kernel does not let go of.
+   */
   end(graceMs: number): Promise<void>;
 }
 
@@ -41,12 +43,12 @@ export interface SpawnRequest {
   readonly stdio: StdioOptions;
 }
 
-export class ProcessTree {
+export class ActivityProcesses {
   readonly #clock: Clock;
-  readonly #mark = `${MARK}=${randomUUID()}`;
+  readonly #id = randomUUID();
   #count = 0;
-  readonly #processes = new Set<GroupProcess>();
-  #started = false;
+  /** Those that run, and those that have ended and left something behind. */
+  readonly #groups = new Set<GroupProcess>();
   #closed = false;
 
   constructor(clock: Clock) {
@@ -59,12 +61,11 @@ export class ProcessTree {
    */
   async spawn(request: SpawnRequest): Promise<GroupProcess> {
     if (this.#closed) throw new MillraceError('canceled', 'the activity is over');
-    this.#started = true;
     this.#count += 1;
-    const mark = `${this.#mark}/${this.#count}`;
+    const mark = `${this.#id}/${this.#count}`;
     const child = spawn(request.file, request.args, {
       cwd: request.cwd,
-      env: { ...request.env, [MARK]: mark.slice(MARK.length + 1) },
+      env: { ...request.env, [MARK]: mark },
       stdio: request.stdio,
       detached: true,
     });
@@ -78,6 +79,8 @@ export class ProcessTree {
     }
     child.on('error', () => undefined);
     const clock = this.#clock;
+    // Before anything is waited for: until then the pid is this process's, even if it has ended already.
+    const tree = new ProcessTree({ pid, marker: `${MARK}=${mark}`, clock });
     let gone = false;
     const group: GroupProcess = {
       child,
@@ -90,58 +93,40 @@ export class ProcessTree {
       end: async (graceMs) => {
         if (!gone) signalGroup(pid, 'SIGTERM');
         if (!gone && !(await within(clock, exited, graceMs))) signalGroup(pid, 'SIGKILL');
+        await tree.kill();
         await exited;
-        await sweep(clock, `${mark}\0`);
+        this.#groups.delete(group);
       },
     };
-    this.#processes.add(group);
+    this.#groups.add(group);
     void exited.then(() => {
       gone = true;
-      // What is left of the group is found by its mark later; elsewhere it ends here, before the number is used again.
-      if (process.platform !== 'linux') signalGroup(pid, 'SIGKILL');
-      this.#processes.delete(group);
+      // Where the tree cannot be followed, what is left of the group ends before its number is used again.
+      if (tree.root === null) signalGroup(pid, 'SIGKILL');
+      if (tree.membersAndOrphans().length === 0) this.#groups.delete(group);
     });
     return group;
   }
 
   /** Processes that still run, by id. */
   get roots(): readonly number[] {
-    return [...this.#processes].map(({ pid }) => pid);
+    return [...this.#groups].filter(({ hasExited }) => !hasExited).map(({ pid }) => pid);
   }
 
-  /** Ends everything: SIGTERM to what runs, SIGKILL after `graceMs` to all that is left. Resolves when nothing is. */
+  /**
+   * Ends everything: SIGTERM to what runs, SIGKILL after `graceMs` to all that is left. Resolves when nothing is.
+   *
+   * @throws as {@link GroupProcess.end}.
+   */
   async end(graceMs: number): Promise<void> {
-    if (!this.#started) return;
-    await Promise.all([...this.#processes].map((group) => group.end(graceMs)));
-    await sweep(this.#clock, `${this.#mark}/`);
+    await Promise.all([...this.#groups].map((group) => group.end(graceMs)));
   }
 
-  /** No process is started from now on, and what was is killed. Resolves when nothing is left. */
+  /** No process is started from now on, and what was is killed. Resolves when nothing is left. @throws as {@link end}. */
   async close(): Promise<void> {
     this.#closed = true;
     await this.end(0);
   }
-}
-
-/** SIGKILL to all that carries the mark, until nothing does. */
-async function sweep(clock: Clock, mark: string): Promise<void> {
-  if (process.platform !== 'linux') return;
-  for (let round = 0; round < MAX_SWEEPS; round += 1) {
-    const left = markedProcesses(mark);
-    if (left.length === 0) return;
-    for (const pid of left) {
-      try {
-        process.kill(pid, 'SIGKILL');
-      } catch {
-        // Ended since it was listed.
-      }
-    }
-    await sleep(clock, SWEEP_PAUSE_MS);
-  }
-  throw new MillraceError(
-    'internal',
-    `processes of a runtime survived SIGKILL: ${markedProcesses(mark).join(', ')}`,
-  );
 }
 
 /** Whether the promise settles within `ms`. */
@@ -168,39 +153,6 @@ function signalGroup(pid: number, name: NodeJS.Signals | number): void {
   }
 }
 
-/** Live processes whose environment carries the mark, and their descendants. */
-function markedProcesses(mark: string): number[] {
-  const children = new Map<number, number[]>();
-  const marked: number[] = [];
-  for (const entry of readdirSync('/proc')) {
-    if (!/^\d+$/.test(entry)) continue;
-    const pid = Number(entry);
-    const stat = readProcess(pid, 'stat');
-    // After the name, which may hold anything, in parentheses: state and parent.
-    const [state, parent] = stat.slice(stat.lastIndexOf(')') + 2).split(' ');
-    if (stat === '' || state === 'Z' || state === 'X' || pid === process.pid) continue;
-    children.set(Number(parent), [...(children.get(Number(parent)) ?? []), pid]);
-    if (readProcess(pid, 'environ').includes(mark)) marked.push(pid);
-  }
-  const found = new Set<number>();
-  const visit = (pid: number): void => {
-    if (found.has(pid)) return;
-    found.add(pid);
-    for (const child of children.get(pid) ?? []) visit(child);
-  };
-  for (const pid of marked) visit(pid);
-  return [...found];
-}
-
-function readProcess(pid: number, file: string): string {
-  try {
-    return readFileSync(`/proc/${pid}/${file}`, 'latin1');
-  } catch {
-    // Ended, or somebody else's.
-    return '';
-  }
-}
-
 function cannotStart(request: SpawnRequest, error: NodeJS.ErrnoException): MillraceError {
   const { file } = request;
   const name = path.basename(file);
@@ -212,6 +164,11 @@ function cannotStart(request: SpawnRequest, error: NodeJS.ErrnoException): Millr
         { cause: error },
       );
     case 'EACCES':
+      if (statSync(file, { throwIfNoEntry: false })?.isDirectory()) {
+        return new MillraceError('failed_precondition', `runtime ${file} is a folder, not a program`, {
+          cause: error,
+        });
+      }
       return new MillraceError(
         'failed_precondition',
         `runtime ${file} is not executable; run chmod +x ${name}`,
