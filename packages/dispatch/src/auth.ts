@@ -32,6 +32,12 @@ export interface Auth {
    */
   client(request: FastifyRequest, access: Access, domainId?: string): Promise<ClientClaims>;
   /**
+   * A client token that may do this, or a node token: for what every node needs and belongs to no domain.
+   *
+   * @throws MillraceError `unauthenticated`, `permission_denied`
+   */
+  clientOrNode(request: FastifyRequest, access: Access): Promise<ClientClaims | NodeClaims>;
+  /**
    * A client token or the domain token of a lease, for this domain.
    *
    * @throws MillraceError `unauthenticated`, `permission_denied`
@@ -68,6 +74,19 @@ export class BearerAuth implements Auth {
   async node(request: FastifyRequest): Promise<NodeClaims> {
     const claims = await this.#claims(request);
     if (claims.kind !== 'node') throw wrongKind(claims, 'a node token (from POST .../auth/siwe/verify)');
+    return await this.#current(claims);
+  }
+
+  async clientOrNode(request: FastifyRequest, access: Access): Promise<ClientClaims | NodeClaims> {
+    const claims = await this.#claims(request);
+    if (claims.kind === 'node') return await this.#current(claims);
+    if (claims.kind !== 'client') throw wrongKind(claims, 'a client token or a node token');
+    requireScope(claims, access, 'unauthenticated');
+    return claims;
+  }
+
+  /** @throws MillraceError `unauthenticated` for claims of a registration that is over. */
+  async #current(claims: NodeClaims): Promise<NodeClaims> {
     if ((await this.#wallets.of(claims.nodeId)) !== claims.wallet) {
       throw new MillraceError(
         'unauthenticated',

@@ -1,6 +1,6 @@
 /**
  * The seam between the dispatcher and where bytes live. Content-addressed by SHA-256; equal bytes are stored once.
- * Implementations: `blobs/files.ts`; S3 follows. `blobs/suite.ts` proves any of them.
+ * Implementations: `blobs/files.ts` and `blobs/s3.ts`. `blobs/suite.ts` proves any of them.
  */
 import type { Readable } from 'node:stream';
 import type { ByteStream } from '@millrace/runner';
@@ -25,6 +25,11 @@ export interface PutOptions {
 }
 
 export interface BlobStore extends AsyncDisposable {
+  /**
+   * Whose blobs these are: the first id this was called with is kept beside them, and is the answer ever after. Only the
+   * database that names bytes knows which are garbage, so another one must not judge them. `owner`: letters, digits and `-`.
+   */
+  claim(owner: string): Promise<string>;
   /** Hashes while storing; resolves when the bytes are durable under their digest. */
   put(bytes: ByteStream, options: PutOptions): Promise<BlobInfo>;
   /** Null when absent. */
@@ -56,4 +61,22 @@ export interface BlobStore extends AsyncDisposable {
    * that is about to be named is never undone by a collector that looked earlier.
    */
   delete(digest: string, options?: { readonly ifPutBeforeMs?: number }): Promise<boolean>;
+  /**
+   * Removes what puts begun before `beforeMs` left unfinished and outside of any name; resolves with how many such things there
+   * were. Absent where opening the store does that.
+   */
+  sweep?(beforeMs: number, signal?: AbortSignal): Promise<number>;
+  /** Absent where bytes cannot be read but through this store, or may not. */
+  readonly direct?: DirectReads;
+}
+
+/** Reading from where the bytes are, past the dispatcher. */
+export interface DirectReads {
+  /** Every URL begins with this: scheme, host and port. */
+  readonly origin: string;
+  /**
+   * A URL by which whoever has it may begin to read the bytes for `validSecs` (1 to 604,800), so it is a secret. It takes `Range`.
+   * The blob need not be there.
+   */
+  url(digest: string, validSecs: number): Promise<string>;
 }

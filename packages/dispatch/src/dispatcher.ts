@@ -2,7 +2,7 @@
  * The dispatcher as a thing with a lifetime: a store, a blob store, keys, the sweeper, and one HTTP server for DDS,
  * DMS and domain storage. This file is the face the command line uses; the parts are wired in `server.ts`.
  */
-import type { Clock, Logger, Random } from '@millrace/runner';
+import type { Clock, Logger, Random, Tracer } from '@millrace/runner';
 import type { BlobStore } from './blobs.ts';
 import type { Store } from './store.ts';
 
@@ -16,9 +16,26 @@ export interface DispatcherOptions {
   /** How others reach it, when that differs from host and port (a proxy, a name). No trailing slash. */
   readonly publicUrl?: string;
   readonly limits?: Partial<DispatcherLimits>;
+  /** Which jobs are removed by themselves. Default: none ever. */
+  readonly retention?: Retention;
   readonly log?: Logger;
   readonly clock?: Clock;
   readonly random?: Random;
+  /** Where spans go. Default: nowhere; a `traceparent` that comes with a job reaches its leases all the same. */
+  readonly tracer?: Tracer;
+  /**
+   * Further figures for `/metrics`, in Prometheus's text format and under names of their own: those of a node in the same
+   * process. Default none.
+   */
+  readonly moreMetrics?: () => Promise<string>;
+}
+
+/** How long jobs are kept that have ended. */
+export interface Retention {
+  /** Counted from their end. With them go their events, logs and receipts, and results that could be given again. */
+  readonly keepJobsMs: number;
+  /** Data items made by the tasks of a removed job go with it; else only who deletes them does. Default false. */
+  readonly artifacts?: boolean;
 }
 
 /** Every bound of the server. Each has a test at it and one past it. */
@@ -35,6 +52,8 @@ export interface DispatcherLimits {
   readonly uploadRequestBytes: number;
   /** Part size offered to chunked uploads. Default 8 MiB. */
   readonly partBytes: number;
+  /** One compute. Default 32 MiB, as in the reference. */
+  readonly computeBytes: number;
   /** Tasks per job. Default 10,000. */
   readonly tasksPerJob: number;
   /** Items per batch request. Default 256. */
@@ -43,6 +62,8 @@ export interface DispatcherLimits {
   readonly longPollSecs: number;
   /** Progress value and each event, bytes of JSON. Default 64 KiB. */
   readonly progressBytes: number;
+  /** The log of one attempt, bytes; what comes beyond is counted by the node and not kept. 0: none is taken. Default 16 MiB. */
+  readonly taskLogBytes: number;
   /** Events per heartbeat. Default 1024. */
   readonly eventsPerHeartbeat: number;
   /** Time a client may take to send headers, and the longest silence in a body. Default 30 s. */

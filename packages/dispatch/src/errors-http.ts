@@ -90,7 +90,11 @@ export function jsonErrorHandler(log: Logger) {
     const { status, error } = publicError(thrown, request.id, request.routeOptions.bodyLimit);
     logError(log, request, status, thrown);
     answerHeaders(reply, status, error);
-    void reply.code(status).send({ error: errorBody(error) });
+    // Said, since a stream that broke before its first byte leaves its own type behind.
+    void reply
+      .code(status)
+      .type('application/json; charset=utf-8')
+      .send({ error: errorBody(error) });
   };
 }
 

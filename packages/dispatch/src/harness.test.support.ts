@@ -2,11 +2,12 @@
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import type { Clock, Json } from '@millrace/runner';
+import type { Clock, Json, Tracer } from '@millrace/runner';
 import { openFileBlobs } from './blobs/files.ts';
+import type { BlobStore } from './blobs.ts';
 import type { SiweChallenge } from './client/dds.ts';
 import { HttpOrigin } from './client/http.ts';
-import type { Dispatcher, DispatcherLimits } from './dispatcher.ts';
+import type { Dispatcher, DispatcherLimits, Retention } from './dispatcher.ts';
 import { openDispatcher } from './server.ts';
 import { generatePrivateKeyHex, signMessage, siweMessage, walletAddress } from './siwe.ts';
 import type { Store } from './store.ts';
@@ -37,14 +38,22 @@ export interface TestNode {
 }
 
 export interface HarnessOptions {
+  /** Closed with the rest. Default: a new SQLite file. */
+  readonly store?: Store;
   readonly limits?: Partial<DispatcherLimits>;
   readonly leaseTtlMs?: number;
   readonly clock?: Clock;
+  readonly retention?: Retention;
+  readonly tracer?: Tracer;
+  readonly moreMetrics?: () => Promise<string>;
 }
 
 export class Harness implements AsyncDisposable {
   readonly dispatcher: Dispatcher;
   readonly store: Store;
+  readonly blobs: BlobStore;
+  /** Where {@link blobs} keeps its files. */
+  readonly blobsDir: string;
   readonly clientToken: string;
   readonly #origin: HttpOrigin;
   readonly #dispose: () => Promise<void>;
@@ -52,11 +61,15 @@ export class Harness implements AsyncDisposable {
   private constructor(
     dispatcher: Dispatcher,
     store: Store,
+    blobs: BlobStore,
+    blobsDir: string,
     clientToken: string,
     dispose: () => Promise<void>,
   ) {
     this.dispatcher = dispatcher;
     this.store = store;
+    this.blobs = blobs;
+    this.blobsDir = blobsDir;
     this.clientToken = clientToken;
     this.#origin = new HttpOrigin({ baseUrl: dispatcher.url, timeoutMs: 60_000, connections: 256 });
     this.#dispose = dispose;
@@ -65,20 +78,26 @@ export class Harness implements AsyncDisposable {
   static async open(options: HarnessOptions = {}): Promise<Harness> {
     const folder = await mkdtemp(join(tmpdir(), 'millrace-dispatch-'));
     const clock = options.clock === undefined ? {} : { clock: options.clock };
-    const store = await openSqliteStore({
-      path: join(folder, 'store.db'),
-      ...clock,
-      ...(options.leaseTtlMs === undefined ? {} : { leaseTtlMs: options.leaseTtlMs }),
-    });
-    const blobs = await openFileBlobs({ dir: join(folder, 'blobs') });
+    const store =
+      options.store ??
+      (await openSqliteStore({
+        path: join(folder, 'store.db'),
+        ...clock,
+        ...(options.leaseTtlMs === undefined ? {} : { leaseTtlMs: options.leaseTtlMs }),
+      }));
+    const blobsDir = join(folder, 'blobs');
+    const blobs = await openFileBlobs({ dir: blobsDir });
     const dispatcher = await openDispatcher({
       store,
       blobs,
       port: 0,
       limits: options.limits ?? {},
+      ...(options.retention !== undefined && { retention: options.retention }),
+      ...(options.tracer !== undefined && { tracer: options.tracer }),
+      ...(options.moreMetrics !== undefined && { moreMetrics: options.moreMetrics }),
       ...clock,
     });
-    return new Harness(dispatcher, store, await dispatcher.issueClientToken(), async () => {
+    return new Harness(dispatcher, store, blobs, blobsDir, await dispatcher.issueClientToken(), async () => {
       await dispatcher.close();
       await blobs[Symbol.asyncDispose]();
       await store[Symbol.asyncDispose]();

@@ -1,5 +1,5 @@
 export { DEFAULT_LIMITS, openDispatcher } from './server.ts';
-export type { Dispatcher, DispatcherLimits, DispatcherOptions } from './dispatcher.ts';
+export type { Dispatcher, DispatcherLimits, DispatcherOptions, Retention } from './dispatcher.ts';
 export { openSqliteStore } from './stores/sqlite.ts';
 export type { SqliteStoreOptions } from './stores/sqlite.ts';
 export { openFileBlobs } from './blobs/files.ts';
@@ -10,6 +10,7 @@ export { JOB_STATUSES, TASK_STATUSES } from './records.ts';
 export type {
   AttemptOutcome,
   BusyNode,
+  ComputeRecord,
   DataRecord,
   JobDetail,
   JobEvent,
@@ -19,15 +20,22 @@ export type {
   NodeMode,
   NodeRecord,
   ReceiptRecord,
+  ScheduleOutcome,
+  ScheduleRecord,
   TaskRecord,
   TaskStatus,
   TaskSubmission,
   TasksSummary,
 } from './records.ts';
 export type {
+  ClaimedSchedules,
   CompleteItem,
+  ComputeWrite,
   DataQuery,
   DataWrite,
+  DeadTasksQuery,
+  DueSchedule,
+  EndedTick,
   FailItem,
   GrantedLease,
   HeartbeatAnswer,
@@ -35,16 +43,27 @@ export type {
   LeaseAnswer,
   LeaseRef,
   LeaseRequest,
+  ListComputesQuery,
   ListJobsQuery,
+  LogAppend,
+  LogEntry,
+  LogPage,
+  LogQuery,
   NewJob,
   NewNode,
+  NewSchedule,
   NodeRegistration,
   Nonce,
   Outcome,
+  PruneAnswer,
+  PruneQuery,
+  PutComputeAnswer,
+  QueueStanding,
   ReleaseItem,
   Store,
   StoreChange,
   StoreStats,
   SweepAnswer,
+  TaskStanding,
   UploadRecord,
 } from './store.ts';

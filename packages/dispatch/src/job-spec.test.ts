@@ -54,6 +54,12 @@ describe('defaults', () => {
     });
   });
 
+  test('cache is there only when it is true, so that every other job is what it was', () => {
+    expect(parse(job({ cache: true })).cache).toBe(true);
+    for (const cache of [false, null, undefined]) expect('cache' in parse(job({ cache }))).toBe(false);
+    expect(problems(job({ cache: 'yes' }))).toEqual(['job.cache must be true or false, got "yes"']);
+  });
+
   test('null is absent, unknown members are ignored', () => {
     const nulls = {
       label: null,
@@ -93,7 +99,7 @@ describe('defaults', () => {
           label: 'x',
           stage: 'one',
           capability: '/examples/hello/v1',
-          capability_filters: { gpu: '' },
+          capability_filters: { gpu: '', zone: { In: ['eu', 'us'] }, spot: { DoesNotExist: true } },
           priority: Number.MAX_SAFE_INTEGER,
           inputs_cids: ['a', 'http://h/x'],
           outputs_prefix: 'out/here/',
@@ -171,6 +177,41 @@ describe('refusals name the path, the rule and the value', () => {
     [
       'filters that are no text',
       job({}, task({ capability_filters: { gpu: 1 } })),
+      'job.tasks[0].capability_filters.gpu must be a string',
+    ],
+    [
+      'filters with an operator nobody knows',
+      job({}, task({ capability_filters: { gpu: { Gt: ['1'] } } })),
+      'job.tasks[0].capability_filters.gpu must be a string',
+    ],
+    [
+      'a filter without operators',
+      job({}, task({ capability_filters: { gpu: {} } })),
+      'job.tasks[0].capability_filters.gpu must be a string',
+    ],
+    [
+      'an operator without values',
+      job({}, task({ capability_filters: { gpu: { In: [] } } })),
+      'job.tasks[0].capability_filters.gpu must be a string',
+    ],
+    [
+      'a filter of values that are no text',
+      job({}, task({ capability_filters: { gpu: { NotIn: [1] } } })),
+      'job.tasks[0].capability_filters.gpu must be a string',
+    ],
+    [
+      'a filter of more values than may be',
+      job(
+        {},
+        task({
+          capability_filters: { gpu: { In: Array.from({ length: 33 }, (_, index) => String(index)) } },
+        }),
+      ),
+      'job.tasks[0].capability_filters.gpu must be a string',
+    ],
+    [
+      'a filter of a value that is too long',
+      job({}, task({ capability_filters: { gpu: { In: ['x'.repeat(257)] } } })),
       'job.tasks[0].capability_filters.gpu must be a string',
     ],
     [
@@ -362,21 +403,55 @@ describe('the graph', () => {
   });
 });
 
+describe('times to wait for', () => {
+  test('they are kept in UTC, also when they have passed, and left out when there are none', () => {
+    const spec = parse(
+      job({ not_before: '2026-01-02T03:00:00+02:00' }, task({ not_before: '2025-01-01T00:00:00Z' }), task()),
+    );
+    expect(spec.not_before).toBe('2026-01-02T01:00:00.000Z');
+    expect(spec.tasks.map((each) => each.not_before)).toEqual(['2025-01-01T00:00:00.000Z', undefined]);
+    expect(parse(job({ not_before: null }))).not.toHaveProperty('not_before');
+    expect(problems(job({ not_before: 'tomorrow' }))).toEqual([
+      'job.not_before must be an RFC 3339 time with Z or an offset, got "tomorrow"',
+    ]);
+  });
+
+  test.each([
+    ['the job', { not_before: '2026-01-02T00:00:00Z' }, {}],
+    ['the task', {}, { not_before: '2026-01-02T00:00:00Z' }],
+  ])('a deadline must lie after the time of %s', (_, jobPart, taskPart) => {
+    const at = (deadline_at: string) => [
+      problems(job({ ...jobPart, deadline_at }, task(taskPart))),
+      problems(job(jobPart, task({ ...taskPart, deadline_at }))),
+    ];
+    for (const found of at('2026-01-02T00:00:00Z')) {
+      expect(found).toEqual([
+        expect.stringMatching(/deadline_at must lie after not_before.*T00:00:00\.000Z"$/),
+      ]);
+    }
+    expect(at('2026-01-02T00:00:00.001Z')).toEqual([[], []]);
+  });
+});
+
 describe('stage references', () => {
   const isStage = (name: string): boolean => ['a', 'a/b', 'c'].includes(name);
 
   test.each([
     ['data-id', null],
     ['http://h/stage:a', null],
-    ['stage:a', { stage: 'a', glob: null }],
-    ['stage:a/', { stage: 'a', glob: null }],
-    ['stage:a/*.png', { stage: 'a', glob: '*.png' }],
-    ['stage:a/b', { stage: 'a/b', glob: null }],
-    ['stage:a/b/c/*', { stage: 'a/b', glob: 'c/*' }],
-    ['stage:a/x/b', { stage: 'a', glob: 'x/b' }],
-    ['stage:nope', { stage: 'nope', glob: null }],
-    ['stage:nope/x', { stage: 'nope', glob: 'x' }],
-    ['stage:', { stage: '', glob: null }],
+    ['stage:a', { stage: 'a', glob: null, optional: false }],
+    ['stage:a/', { stage: 'a', glob: null, optional: false }],
+    ['stage:a/*.png', { stage: 'a', glob: '*.png', optional: false }],
+    ['stage:a/b', { stage: 'a/b', glob: null, optional: false }],
+    ['stage:a/b/c/*', { stage: 'a/b', glob: 'c/*', optional: false }],
+    ['stage:a/x/b', { stage: 'a', glob: 'x/b', optional: false }],
+    ['stage:nope', { stage: 'nope', glob: null, optional: false }],
+    ['stage:nope/x', { stage: 'nope', glob: 'x', optional: false }],
+    ['stage?:a/*', { stage: 'a', glob: '*', optional: true }],
+    ['stage?:a/b', { stage: 'a/b', glob: null, optional: true }],
+    ['stages:a', null],
+    ['stage??:a', null],
+    ['stage:', { stage: '', glob: null, optional: false }],
   ])('%s', (input, expected) => {
     expect(parseStageReference(input, isStage)).toEqual(expected);
   });

@@ -5,9 +5,10 @@
  * Unknown members are ignored, absent and `null` are the same for optional members. All problems are reported at once.
  */
 import { MillraceError, checkCapability } from '@millrace/runner';
+import { selectorFromFilters } from '@millrace/runner/model';
 import type { Json, JsonObject } from '@millrace/runner';
 import { z } from 'zod';
-import type { JobSpec, TaskSubmission } from './records.ts';
+import type { CapabilityFilters, JobSpec, TaskSubmission } from './records.ts';
 
 /** Bounds of one job. Lengths are bytes of UTF-8. */
 export const JOB_LIMITS = {
@@ -15,6 +16,8 @@ export const JOB_LIMITS = {
   nameBytes: 256,
   /** Entries of `capability_filters`; its keys and values are bound by `nameBytes`. */
   filters: 32,
+  /** Values of one `In` or `NotIn`. */
+  filterValues: 32,
   /** Inputs of one task, `stage:` references resolved. */
   inputsPerTask: 10_000,
   /** Inputs of all tasks as submitted. */
@@ -81,11 +84,15 @@ export function parseJobSpec(value: unknown, options: JobSpecOptions): JobSpec {
         meta: (task.meta ?? null) as Json,
         max_attempts: task.max_attempts ?? 3,
         deadline_at: task.deadline_at ?? null,
+        ...(task.not_before && { not_before: task.not_before }),
       };
     }),
     edges: distinctEdges(body.edges ?? []),
+    // Left out, so that the spec of any other job, and its hash, is as it always was.
+    ...(body.cache === true && { cache: true }),
+    ...(body.not_before && { not_before: body.not_before }),
   };
-  const problems = graphProblems(spec);
+  const problems = [...timeProblems(spec), ...graphProblems(spec)];
   if (problems.length > 0) throw refusal(problems);
   // Rendering the job only to measure it was a third of this function's time; few jobs can come near the limit.
   const bytes = mostBytes(spec) > JOB_LIMITS.totalBytes ? Buffer.byteLength(JSON.stringify(spec)) : 0;
@@ -95,6 +102,38 @@ export function parseJobSpec(value: unknown, options: JobSpecOptions): JobSpec {
     ]);
   }
   return spec;
+}
+
+/** A task that may not begin before it must have ended. */
+function timeProblems(spec: JobSpec): string[] {
+  const late = (at: string | null, notBefore: string | undefined): boolean =>
+    at !== null && notBefore !== undefined && Date.parse(at) <= Date.parse(notBefore);
+  const rule = 'must lie after not_before';
+  if (late(spec.deadline_at, spec.not_before)) {
+    return [problem('job.deadline_at', `${rule} (${spec.not_before})`, spec.deadline_at)];
+  }
+  return spec.tasks.flatMap(({ deadline_at: own, not_before: wait }, at) => {
+    for (const [deadline, path] of [
+      [own, `job.tasks[${at}].deadline_at`],
+      [spec.deadline_at, 'job.deadline_at'],
+    ] as const) {
+      for (const [notBefore, whose] of [
+        [wait, 'the task'],
+        [spec.not_before, 'the job'],
+      ] as const) {
+        if (late(deadline, notBefore)) {
+          return [
+            problem(
+              path,
+              `${rule} of ${whose === 'the task' ? `task ${at}` : whose} (${notBefore})`,
+              deadline,
+            ),
+          ];
+        }
+      }
+    }
+    return [];
+  });
 }
 
 /** Member names, punctuation, numbers, times and ids of one task or of the job itself, generously. */
@@ -112,7 +151,8 @@ function mostBytes({ label, meta, tasks, edges }: JobSpec): number {
     units += task.outputs_prefix?.length ?? 0;
     for (const input of task.inputs_cids) units += input.length + '"",'.length;
     for (const [key, value] of Object.entries(task.capability_filters)) {
-      units += key.length + value.length + '"":"",'.length;
+      units += key.length + (typeof value === 'string' ? value : JSON.stringify(value)).length;
+      units += '"":"",'.length;
     }
     if (task.meta !== null) units += JSON.stringify(task.meta).length;
   }
@@ -124,27 +164,35 @@ export interface StageReference {
   readonly stage: string;
   /** null: all outputs. */
   readonly glob: string | null;
+  /** No match is no failure. */
+  readonly optional: boolean;
+}
+
+/** Whether an input is meant to name outputs of an earlier stage. */
+export function isStageReference(input: string): boolean {
+  return input.startsWith('stage') && /^stage\??:/.test(input);
 }
 
 /**
- * Reads `stage:<stage>` or `stage:<stage>/<glob>`. Stage names may contain slashes: the longest stage that fits is meant.
+ * Reads `stage:<stage>` or `stage:<stage>/<glob>`, with `stage?:` instead when there may be no match. Stage names may contain slashes: the longest stage that fits is meant.
  * Null: not such an input. A `stage` that no name fits is returned up to the first slash.
  */
 export function parseStageReference(
   input: string,
   isStage: (name: string) => boolean,
 ): StageReference | null {
-  if (!input.startsWith('stage:')) return null;
-  const rest = input.slice('stage:'.length);
-  if (isStage(rest)) return { stage: rest, glob: null };
+  if (!isStageReference(input)) return null;
+  const optional = input.startsWith('stage?');
+  const rest = input.slice(input.indexOf(':') + 1);
+  if (isStage(rest)) return { stage: rest, glob: null, optional };
   for (let slash = rest.lastIndexOf('/'); slash > 0; slash = rest.lastIndexOf('/', slash - 1)) {
     const stage = rest.slice(0, slash);
-    if (isStage(stage)) return { stage, glob: rest.slice(slash + 1) || null };
+    if (isStage(stage)) return { stage, glob: rest.slice(slash + 1) || null, optional };
   }
   const slash = rest.indexOf('/');
   return slash === -1
-    ? { stage: rest, glob: null }
-    : { stage: rest.slice(0, slash), glob: rest.slice(slash + 1) || null };
+    ? { stage: rest, glob: null, optional }
+    : { stage: rest.slice(0, slash), glob: rest.slice(slash + 1) || null, optional };
 }
 
 // eslint-disable-next-line no-control-regex -- control characters are exactly what is refused; so are halves of characters, which no UTF-8 can hold
@@ -188,9 +236,21 @@ function makeSchema(maxTasks: number) {
     .refine((value) => Date.parse(value.toUpperCase()) > parsingAt, 'must lie in the future')
     .transform((value) => new Date(value.toUpperCase()).toISOString())
     .nullish();
+  // One that has passed stays: a submission that is repeated must be the same.
+  const notBefore = z
+    .string(deadlineRule)
+    .refine((value) => RFC3339.test(value) && Number.isFinite(Date.parse(value.toUpperCase())), deadlineRule)
+    .transform((value) => new Date(value.toUpperCase()).toISOString())
+    .nullish();
   const name = text(JOB_LIMITS.nameBytes);
   const metaRule = `must be JSON at most ${JOB_LIMITS.metaDepth} levels deep`;
-  const filtersRule = `must be an object of at most ${JOB_LIMITS.filters} strings`;
+  const filterRule = `must be a string of at most ${JOB_LIMITS.nameBytes} bytes without control characters, or an object of {"In": [1 to ${JOB_LIMITS.filterValues} such strings]}, {"NotIn": [the same]}, {"Exists": true} and {"DoesNotExist": true}`;
+  const filterText = text(JOB_LIMITS.nameBytes, 0);
+  const filter = z.custom<CapabilityFilters[string]>(
+    (value) => isFilter(value, (entry) => filterText.safeParse(entry).success),
+    filterRule,
+  );
+  const filtersRule = `must be an object of at most ${JOB_LIMITS.filters} members`;
   const inputsRule = `must be an array of at most ${JOB_LIMITS.inputsPerTask} data ids, URLs or stage:<stage>[/<glob>] references`;
   const prefixRule = `must be a path of at most ${JOB_LIMITS.prefixBytes} bytes without ".." segments and control characters`;
   const task = z.object(
@@ -208,7 +268,7 @@ function makeSchema(maxTasks: number) {
         }
       }),
       capability_filters: z
-        .record(name, text(JOB_LIMITS.nameBytes, 0), filtersRule)
+        .record(name, filter, filtersRule)
         .refine((filters) => Object.keys(filters).length <= JOB_LIMITS.filters, filtersRule)
         .nullish(),
       priority,
@@ -230,6 +290,7 @@ function makeSchema(maxTasks: number) {
         JOB_LIMITS.maxAttempts,
       ).nullish(),
       deadline_at: deadline,
+      not_before: notBefore,
     },
     'must be a JSON object',
   );
@@ -250,6 +311,8 @@ function makeSchema(maxTasks: number) {
         .refine((value) => isJson(value, JOB_LIMITS.metaDepth), metaRule)
         .nullish(),
       deadline_at: deadline,
+      not_before: notBefore,
+      cache: z.boolean('must be true or false').nullish(),
       // The length is checked before the items, so that an endless list costs nothing.
       tasks: z
         .array(z.unknown(), tasksRule)
@@ -263,6 +326,19 @@ function makeSchema(maxTasks: number) {
     },
     'must be a JSON object',
   );
+}
+
+/** A label's value, or operators on it. */
+function isFilter(value: unknown, isText: (value: unknown) => boolean): boolean {
+  if (typeof value !== 'object' || value === null) return isText(value);
+  try {
+    const { matchExpressions } = selectorFromFilters({ label: value as JsonObject });
+    return matchExpressions.every(
+      ({ values }) => values.length <= JOB_LIMITS.filterValues && values.every(isText),
+    );
+  } catch {
+    return false;
+  }
 }
 
 /** True for values JSON can carry, nested at most `depth` deep. */

@@ -8,14 +8,17 @@
  *
  * | state       | wire        | means                                                                     | left by |
  * | ----------- | ----------- | ------------------------------------------------------------------------- | ------- |
- * | `blocked`   | `queued`    | a preceding stage is not complete                                         | the last preceding stage completes: `ready` |
- * | `delayed`   | `queued`    | a retry backs off until `not_before`                                      | sweep after `not_before`: `ready` |
+ * | `blocked`   | `queued`    | a preceding stage is not complete                                         | the last preceding stage completes: `ready`, or `delayed` before its time |
+ * | `delayed`   | `queued`    | a retry backs off, or it was submitted to wait, until `not_before`        | sweep after `not_before`: `ready` |
  * | `ready`     | `queued`    | a node may take it                                                        | lease: `leased` (`running` when it is started at once) |
  * | `leased`    | `leased`    | a node holds the lease and has not sent a heartbeat yet                   | first heartbeat: `running`; an ending |
  * | `running`   | `running`   | the node works on it                                                      | an ending |
  * | `completed` | `completed` | one completion was accepted                                               | never |
  * | `failed`    | `failed`    | no attempt is left, or retrying is pointless, or the deadline passed      | never |
  * | `canceled`  | `canceled`  | the requestor cancelled the job, or another task of the job failed        | never |
+ *
+ * In a job with `cache: true` a task that becomes `ready` and was done before is `completed` in the same transaction, from the
+ * earlier result and without an attempt (`memo.ts`).
  *
  * A terminal state is final: no verb changes it, whoever asks and however late.
  *

@@ -24,17 +24,31 @@ export interface JobSpec {
   readonly edges: readonly { readonly from: string; readonly to: string }[];
   /** Ours: RFC 3339; tasks not finished by then fail with reason `deadline`. */
   readonly deadline_at: string | null;
+  /** Ours: a task may be completed from the result of an equal one; see `memo.ts` for which. Absent: false. */
+  readonly cache?: boolean;
+  /** Ours: RFC 3339; no task is given out before. Absent: at once. */
+  readonly not_before?: string;
+  /** Ours: the job whose undone tasks these are. Not for submitters: {@link redriveSpec} sets it. */
+  readonly redrive_of?: string;
 }
+
+/**
+ * What a node's labels must be, by name. A string: that value. An object (ours): one or more of `{"In": […]}`,
+ * `{"NotIn": […]}`, `{"Exists": true}`, `{"DoesNotExist": true}`, of which all must hold.
+ */
+export type CapabilityFilters = Readonly<Record<string, string | JsonObject>>;
 
 export interface TaskSubmission {
   readonly label: string;
   /** Tasks of one name form a stage. Absent in the spec: the task's label. */
   readonly stage: string;
   readonly capability: string;
-  /** Label name to required value. */
-  readonly capability_filters: Readonly<Record<string, string>>;
+  readonly capability_filters: CapabilityFilters;
   readonly priority: number;
-  /** Data ids, URLs, or `stage:<stage>[/<glob>]`, which becomes the data ids of that earlier stage's outputs. */
+  /**
+   * Data ids, URLs, or `stage:<stage>[/<glob>]`, which becomes the data ids of that earlier stage's outputs. With `stage?:`
+   * there may be none.
+   */
   readonly inputs_cids: readonly string[];
   readonly outputs_prefix: string | null;
   readonly mode: NodeMode;
@@ -42,6 +56,8 @@ export interface TaskSubmission {
   readonly max_attempts: number;
   /** Ours: RFC 3339, or null. */
   readonly deadline_at: string | null;
+  /** Ours: RFC 3339; not given out before, nor before the job's. Absent: at once. */
+  readonly not_before?: string;
 }
 
 export interface JobRecord {
@@ -64,6 +80,12 @@ export interface JobRecord {
   readonly deadline_at: string | null;
   /** Ours. */
   readonly edges: readonly { readonly from: string; readonly to: string }[];
+  /** Ours: as submitted. Absent: false. */
+  readonly cache?: boolean;
+  /** Ours: as submitted. */
+  readonly not_before?: string;
+  /** Ours: the job whose undone tasks these are. */
+  readonly redrive_of?: string;
 }
 
 export type TasksSummary = Readonly<Record<TaskStatus, number>>;
@@ -74,7 +96,7 @@ export interface TaskRecord {
   readonly label: string;
   readonly stage: string;
   readonly capability: string;
-  readonly capability_filters: Readonly<Record<string, string>>;
+  readonly capability_filters: CapabilityFilters;
   readonly status: TaskStatus;
   /** Preceding stages not yet completed. */
   readonly deps_remaining: number;
@@ -102,7 +124,7 @@ export interface TaskRecord {
   readonly debited_at: null;
   /** Ours: why the task failed or was cancelled, or why its last attempt ended. */
   readonly reason: string | null;
-  /** Ours: not runnable before this, while a retry backs off. */
+  /** Ours: not runnable before this, as submitted or while a retry backs off. Null once it is runnable. */
   readonly not_before: string | null;
   /** Ours: data ids reported by the accepted completion. */
   readonly output_cids: readonly string[];
@@ -138,6 +160,8 @@ export interface JobDetail {
   readonly tasks_summary: TasksSummary;
   readonly tasks: readonly TaskRecord[];
   readonly receipts: readonly ReceiptRecord[];
+  /** Ours: the jobs that do again what this one left undone, the first first. Absent: none. */
+  readonly redriven_as?: readonly string[];
 }
 
 /**
@@ -146,7 +170,7 @@ export interface JobDetail {
  * kinds: `job.submitted`, `job.running`, `job.cancel_requested`, `job.completed|failed|canceled`; `task.runnable`,
  * `task.leased` {node_id, attempt, lease_id}, `task.running`, `task.progress` {progress}, `task.log` {event},
  * `task.retry` {reason, not_before, attempt}, `task.released` {reason}, `task.expired` {node_id},
- * `task.completed` {outputs}, `task.failed` {reason}, `task.canceled` {reason}.
+ * `task.completed` {outputs, memo?: {task_id, job_id} of the task whose result it is}, `task.failed` {reason}, `task.canceled` {reason}.
  */
 export interface JobEvent {
   readonly seq: number;
@@ -154,6 +178,33 @@ export interface JobEvent {
   readonly kind: string;
   readonly task_id: string | null;
   readonly data: JsonObject;
+}
+
+/** How a tick of a schedule ended: `skipped` because the job before is not over, `missed` because nobody was there in time. */
+export type ScheduleOutcome = 'submitted' | 'skipped' | 'missed' | 'failed';
+
+/** A job that is submitted at set times. Ours. */
+export interface ScheduleRecord {
+  /** Unique in the domain. */
+  readonly name: string;
+  /** The job's. */
+  readonly domain_id: string;
+  /** Five fields. */
+  readonly cron: string;
+  /** Of the IANA database. */
+  readonly time_zone: string;
+  /** What becomes of ticks that nobody was there for: none of them is made up for, or the last one is. */
+  readonly catch_up: 'skip' | 'one';
+  /** Whether a tick submits its job while the job before has not ended. */
+  readonly overlap: 'allow' | 'skip';
+  readonly job: JobSpec;
+  readonly created_at: string;
+  /** null: there are no more ticks. */
+  readonly next_at: string | null;
+  readonly last_tick_at: string | null;
+  readonly last_outcome: ScheduleOutcome | null;
+  /** The newest job it submitted. */
+  readonly last_job_id: string | null;
 }
 
 export interface NodeRecord {
@@ -181,6 +232,19 @@ export interface BusyNode {
   readonly task_mode: NodeMode;
   readonly job_id: string;
   readonly job_status: JobStatus;
+}
+
+/** Content-addressed code that tasks may name: a compute. Ours. */
+export interface ComputeRecord {
+  /** `compute://sha256/<digest>`. */
+  readonly ref: string;
+  readonly alg: 'sha256';
+  /** 64 lower-case hex digits. */
+  readonly digest: string;
+  /** What runs it. Not part of what is hashed. */
+  readonly engine: string;
+  readonly bytes: number;
+  readonly created_at: string;
 }
 
 /** A named item of a domain. Names are unique per domain; the bytes are stored once per digest. */

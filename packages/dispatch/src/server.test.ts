@@ -2,9 +2,11 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { createServer, connect, type AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import type { Tracer } from '@millrace/runner';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { openFileBlobs } from './blobs/files.ts';
 import { Harness, until } from './harness.test.support.ts';
+import { connect as connectRequestor } from './client/http-requestor.ts';
 import { openDispatcher } from './server.ts';
 import { openSqliteStore } from './stores/sqlite.ts';
 import { VERSION } from './version.ts';
@@ -221,6 +223,11 @@ describe('service', () => {
       'millrace_attempts_ended_total{outcome="completed"} 1',
       'millrace_attempts_ended_total{outcome="expired"} 0',
       'millrace_http_requests_total{method="POST",route="/v1/tasks/:id/complete",status="200"} 1',
+      // The one that asks.
+      'millrace_http_requests_in_flight 1',
+      'millrace_heartbeats_total 0',
+      'millrace_data_bytes_total{direction="in"} 0',
+      `millrace_build_info{version="${VERSION}",component="dispatcher"} 1`,
     ]) {
       expect(text.split('\n')).toContain(line);
     }
@@ -228,6 +235,87 @@ describe('service', () => {
     expect(text).toMatch(/millrace_process_resident_memory_bytes [1-9]/);
     expect(text).toMatch(/millrace_process_cpu_seconds_total \d/);
     expect(text).not.toContain(leased.body.task.id);
+  });
+
+  test('metrics count heartbeats and the bytes of items, and show what else the process has', async () => {
+    await using own = await Harness.open({ moreMetrics: () => Promise.resolve('mine 1\n') });
+    const node = await own.joinNode();
+    await own.submit();
+    const leased = await own.call('GET', '/v1/tasks', { token: node.token });
+    const { id } = leased.body.task;
+    await own.call('POST', `/v1/tasks/${id}/heartbeat`, { token: node.token, json: {} });
+    await own.call('POST', '/v1/tasks/heartbeat', {
+      token: node.token,
+      json: { items: [{ task_id: id }, { task_id: '2f9f6b57-2c7b-4e0e-8d1b-7f8d0a4f9c10' }] },
+    });
+    const storage = connectRequestor({ url: own.dispatcher.url, token: own.clientToken });
+    const item = await storage.storage.put(
+      own.dispatcher.defaultDomainId,
+      { name: 'a', dataType: 'b' },
+      new Uint8Array(5_000),
+    );
+    const { body } = await storage.storage.openRaw(own.dispatcher.defaultDomainId, item!.id);
+    for await (const _ of body);
+    await storage.close();
+    const { text } = await own.call('GET', '/metrics', { token: null });
+    // The refused one of the batch is not counted.
+    expect(text).toContain('\nmillrace_heartbeats_total 2\n');
+    expect(text).toMatch(/\nmillrace_data_bytes_total\{direction="in"\} 5[0-9]{3}\n/);
+    expect(text).toContain('\nmillrace_data_bytes_total{direction="out"} 5000\n');
+    expect(text).toMatch(/\nmine 1\n$/);
+  });
+
+  test('a job is part of the trace it is submitted in, and a span of its own where there is a tracer', async () => {
+    const parent = '00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01';
+    const child = '00-0af7651916cd43dd8448eb211c80319c-00000000000000aa-01';
+    const spans: unknown[] = [];
+    const tracer: Tracer = {
+      startSpan(name, { parent: above, attributes }) {
+        return {
+          traceparent: child,
+          end: (ending) => void spans.push({ name, above, ...attributes, ending }),
+        };
+      },
+    };
+    const task = { capability: '/test/v1' };
+    for (const [options, header, leased] of [
+      [{}, parent, parent],
+      [{}, 'nonsense', undefined],
+      [{}, undefined, undefined],
+      [{ tracer }, parent, child],
+    ] as const) {
+      await using own = await Harness.open(options);
+      const node = await own.joinNode({ capabilities: ['/test/v1'] });
+      const submitted = await own.call('POST', '/v1/jobs', {
+        json: { label: 'traced', tasks: [task] },
+        headers: header === undefined ? {} : { traceparent: header },
+      });
+      expect(submitted.status).toBe(200);
+      expect((await own.call('GET', '/v1/tasks', { token: node.token })).body.traceparent).toBe(leased);
+      if (!('tracer' in options)) continue;
+      await own.call('POST', '/v1/jobs', {
+        json: { label: 'again', tasks: [task, task] },
+      });
+      await own.call('POST', '/v1/jobs', {
+        json: { label: 'traced', tasks: [task] },
+        headers: { 'idempotency-key': 'k' },
+      });
+      const refused = await own.call('POST', '/v1/jobs', {
+        json: { label: 'other', tasks: [task] },
+        headers: { 'idempotency-key': 'k' },
+      });
+      expect(refused.status).toBe(409);
+      expect(spans).toHaveLength(4);
+      expect(spans[0]).toEqual({
+        name: 'submit job',
+        above: parent,
+        'millrace.job.label': 'traced',
+        'millrace.job.tasks': 1,
+        ending: { attributes: { 'millrace.job.id': submitted.body.job_id } },
+      });
+      expect(spans[1]).toMatchObject({ above: null, 'millrace.job.tasks': 2 });
+      expect(spans[3]).toMatchObject({ ending: { error: expect.stringContaining('idempotency key') } });
+    }
   });
 
   test('the public key checks the tokens, as JSON and as PEM', async () => {

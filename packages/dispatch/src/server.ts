@@ -8,21 +8,26 @@ import { isUtf8 } from 'node:buffer';
 import { randomUUID } from 'node:crypto';
 import { setMaxListeners } from 'node:events';
 import type { AddressInfo, Socket } from 'node:net';
-import { MillraceError, systemClock, type JsonObject, type Logger } from '@millrace/runner';
-import { fastify, type FastifyInstance, type FastifyRequest } from 'fastify';
+import { MillraceError, NO_TRACES, systemClock, type JsonObject, type Logger } from '@millrace/runner';
+import { fastify, type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify';
 import { BearerAuth } from './auth.ts';
 import { BodyWatch } from './body-watch.ts';
 import type { Dispatcher, DispatcherLimits, DispatcherOptions } from './dispatcher.ts';
 import { errorBody, jsonErrorHandler } from './errors-http.ts';
-import { openMetrics } from './metrics.ts';
+import { openMetrics, type Metrics } from './metrics.ts';
 import { SERVER_CLOSING, type ServerContext } from './routes/context.ts';
+import { registerComputeRoutes } from './routes/computes.ts';
 import { registerDdsRoutes } from './routes/dds.ts';
 import { registerDmsRoutes } from './routes/dms.ts';
 import { registerDomainRoutes } from './routes/domain.ts';
 import { registerJobRoutes } from './routes/jobs.ts';
 import { registerNodeRoutes } from './routes/nodes.ts';
+import { registerScheduleRoutes } from './routes/schedules.ts';
 import { registerServiceRoutes } from './routes/service.ts';
+import { registerTaskRoutes } from './routes/tasks.ts';
+import { Scheduler } from './scheduler.ts';
 import { Signals } from './signals.ts';
+import { Pruner } from './pruner.ts';
 import { Collector, Sweeper } from './sweeper.ts';
 import { openTokens } from './tokens.ts';
 
@@ -33,10 +38,12 @@ export const DEFAULT_LIMITS: DispatcherLimits = {
   dataBytes: 64 * 1024 ** 3,
   uploadRequestBytes: 100 * 1024 * 1024,
   partBytes: 8 * 1024 * 1024,
+  computeBytes: 32 * 1024 * 1024,
   tasksPerJob: 10_000,
   batchItems: 256,
   longPollSecs: 60,
   progressBytes: 64 * 1024,
+  taskLogBytes: 16 * 1024 * 1024,
   eventsPerHeartbeat: 1024,
   slowClientMs: 30_000,
   loginBurst: 500,
@@ -70,7 +77,7 @@ export async function openDispatcher(options: DispatcherOptions): Promise<Dispat
   // Every request that waits listens to it.
   setMaxListeners(0, closing.signal);
   const signals = new Signals(store);
-  const metrics = openMetrics(store);
+  const metrics = openMetrics(store, clock, options.moreMetrics);
   const bodies = new BodyWatch(clock, limits.slowClientMs);
   const sweeper = new Sweeper({
     store,
@@ -79,6 +86,17 @@ export async function openDispatcher(options: DispatcherOptions): Promise<Dispat
     onSwept: ({ rescued }) => metrics.ended('expired', rescued),
   });
   const collector = new Collector({ store, blobs, clock, log });
+  const scheduler = new Scheduler({ store, clock, log, onTick: (outcome) => metrics.ticked(outcome) });
+  const pruner =
+    options.retention === undefined
+      ? null
+      : new Pruner({
+          store,
+          clock,
+          log,
+          retention: options.retention,
+          onPruned: ({ jobs, items }) => metrics.pruned(jobs, items),
+        });
   let url = '';
 
   const context: ServerContext = {
@@ -91,6 +109,7 @@ export async function openDispatcher(options: DispatcherOptions): Promise<Dispat
     auth: new BearerAuth(tokens, store, clock),
     tokens,
     metrics,
+    tracer: options.tracer ?? NO_TRACES,
     signals,
     defaultDomainId,
     organizationId,
@@ -100,7 +119,7 @@ export async function openDispatcher(options: DispatcherOptions): Promise<Dispat
 
   const app = createApp(context, bodies);
   const disposeParts = async (): Promise<void> => {
-    await Promise.all([sweeper.close(), collector.close()]);
+    await Promise.all([sweeper.close(), collector.close(), scheduler.close(), pruner?.close()]);
     signals[Symbol.dispose]();
     bodies[Symbol.dispose]();
     metrics[Symbol.dispose]();
@@ -115,7 +134,9 @@ export async function openDispatcher(options: DispatcherOptions): Promise<Dispat
     throw listenError(error, host, port);
   }
   collector.start();
+  pruner?.start();
   url = originOf(app.server.address() as AddressInfo);
+  await scheduler.start();
   log.info('dispatcher listens', { url, public_url: context.publicUrl() });
   if (publicUrl === null && isWildcard(host)) {
     log.warn('leases name an address that only this machine can reach; give a public URL', { url });
@@ -184,6 +205,9 @@ function createApp(context: ServerContext, bodies: BodyWatch): FastifyInstance {
   });
   app.addHook('onRequest', (request, reply, done) => {
     bodies.watch(request.raw, reply.raw);
+    metrics.requestStarted();
+    // Not onResponse, which does not come for a client that went away.
+    reply.raw.once('close', () => metrics.requestEnded());
     done();
   });
   app.addHook('onResponse', (request, reply, done) => {
@@ -193,6 +217,7 @@ function createApp(context: ServerContext, bodies: BodyWatch): FastifyInstance {
       reply.statusCode,
       reply.elapsedTime / 1000,
     );
+    countData(metrics, request, reply);
     done();
   });
   app.setErrorHandler(jsonErrorHandler(log));
@@ -223,6 +248,9 @@ function createApp(context: ServerContext, bodies: BodyWatch): FastifyInstance {
     registerNodeRoutes,
     registerDmsRoutes,
     registerJobRoutes,
+    registerTaskRoutes,
+    registerScheduleRoutes,
+    registerComputeRoutes,
     registerDomainRoutes,
   ]) {
     app.register((scope, _options, done) => {
@@ -231,6 +259,20 @@ function createApp(context: ServerContext, bodies: BodyWatch): FastifyInstance {
     });
   }
   return app;
+}
+
+/** By the lengths announced, which our clients always do. */
+function countData(metrics: Metrics, request: FastifyRequest, reply: FastifyReply): void {
+  if (reply.statusCode >= 300 || !request.routeOptions.url?.startsWith('/api/v1/domains/')) return;
+  // What is about items, and not their bytes, is JSON in both directions.
+  const isData = (type: unknown): boolean =>
+    !(typeof type === 'string' && type.startsWith('application/json'));
+  if (request.method !== 'GET') {
+    const { 'content-type': type, 'content-length': length = 0 } = request.headers;
+    if (isData(type)) metrics.dataBytes('in', Number(length));
+  } else if (isData(reply.getHeader('content-type'))) {
+    metrics.dataBytes('out', Number(reply.getHeader('content-length') ?? 0));
+  }
 }
 
 /** JSON within a depth, and without the one key that reaches an object's prototype. An empty text is no body. */

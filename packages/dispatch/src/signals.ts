@@ -9,6 +9,7 @@ export class Signals implements Disposable {
   readonly #runnable = new Set<() => void>();
   readonly #jobs = new Map<string, Set<() => void>>();
   readonly #leases = new Map<string, Set<() => void>>();
+  readonly #logs = new Map<string, Set<() => void>>();
   readonly #subscription: Disposable;
 
   constructor(store: Store) {
@@ -22,6 +23,15 @@ export class Signals implements Disposable {
           return;
         case 'cancel':
           for (const id of change.leaseIds) for (const listener of this.#leases.get(id) ?? []) listener();
+          return;
+        case 'logs':
+          for (const id of change.taskIds) for (const listener of this.#logs.get(id) ?? []) listener();
+          return;
+        case 'anything':
+          for (const listener of this.#runnable) listener();
+          for (const waiters of [this.#jobs, this.#leases, this.#logs]) {
+            for (const listeners of waiters.values()) for (const listener of listeners) listener();
+          }
           return;
         default:
           change satisfies never;
@@ -43,6 +53,11 @@ export class Signals implements Disposable {
   /** The work of one of these leases should end. */
   onCancel(leaseIds: readonly string[], listener: () => void): Disposable {
     return listen(this.#leases, leaseIds, listener);
+  }
+
+  /** The log of an attempt of this task has grown. */
+  onLogs(taskId: string, listener: () => void): Disposable {
+    return listen(this.#logs, [taskId], listener);
   }
 
   [Symbol.dispose](): void {

@@ -1,6 +1,7 @@
 /**
  * The seam between the dispatcher and its database: about twenty-five verbs, batch first, each one transaction's
- * worth of meaning. Implementations: `stores/sqlite.ts`; PostgreSQL follows. `stores/suite.ts` proves any of them.
+ * worth of meaning. Implementations: `stores/sqlite.ts` for one machine, `stores/postgres.ts` for any number of dispatchers.
+ * `stores/suite.ts` proves any of them.
  *
  * What every implementation promises:
  * - A verb resolves after its effects are committed and synced; concurrent calls may share one commit.
@@ -12,6 +13,8 @@
 import type { Json, JsonObject, MillraceError } from '@millrace/runner';
 import type {
   BusyNode,
+  CapabilityFilters,
+  ComputeRecord,
   DataRecord,
   JobDetail,
   JobEvent,
@@ -20,6 +23,8 @@ import type {
   JobStatus,
   NodeMode,
   NodeRecord,
+  ScheduleOutcome,
+  ScheduleRecord,
   TaskRecord,
   TasksSummary,
 } from './records.ts';
@@ -47,6 +52,8 @@ export interface NewJob {
    */
   readonly idempotencyKey: string | null;
   readonly submitter: string;
+  /** The W3C `traceparent` that the leases of its tasks name. No part of the spec. Default none. */
+  readonly traceparent?: string | null;
 }
 
 export interface LeaseRequest {
@@ -65,6 +72,8 @@ export interface GrantedLease {
   readonly expiresAt: string;
   readonly domainId: string;
   readonly task: TaskRecord;
+  /** As submitted with the job. Null or absent: the job is not traced. */
+  readonly traceparent?: string | null;
 }
 
 export interface LeaseAnswer {
@@ -77,6 +86,8 @@ export interface HeartbeatItem extends LeaseRef {
   /** Newest progress; null leaves the stored one. */
   readonly progress: Json;
   readonly events: readonly Json[];
+  /** The events are lines of the attempt's log as well, and marked so (`logged`) where they are told. Default false. */
+  readonly logged?: boolean;
 }
 
 export interface HeartbeatAnswer {
@@ -102,9 +113,66 @@ export interface FailItem extends LeaseRef {
   readonly nodeFault: boolean;
 }
 
+/** Bytes for the log of one attempt: what its lease's task said. */
+export interface LogAppend extends LeaseRef {
+  /** Where in the log the bytes begin. Where they overlap what is kept already, what is kept stays. */
+  readonly offset: number;
+  /** At least one; whole lines, each ended by a line feed. */
+  readonly bytes: Uint8Array;
+}
+
+export interface LogQuery {
+  readonly taskId: string;
+  /** Counted from 1 over all leases the task had, also those that did not count as attempts; null: the newest. */
+  readonly attempt: number | null;
+  /** The first byte wanted; below 0 it counts from the end, and is cut to the beginning. */
+  readonly offset: number;
+  /** Bytes at most, at least 1. */
+  readonly limit: number;
+}
+
+export interface LogPage {
+  readonly jobId: string;
+  /** The attempt these bytes are of; the first, when the newest was asked for and there is none yet. */
+  readonly attempt: number;
+  /** Attempts begun so far. */
+  readonly attempts: number;
+  /** Of the first byte. */
+  readonly offset: number;
+  readonly bytes: Uint8Array;
+  /** Bytes the log has now. */
+  readonly size: number;
+  /** No more bytes will be added. */
+  readonly ended: boolean;
+  /** The task has ended: there will be no attempt after {@link attempts}. */
+  readonly final: boolean;
+}
+
+/** An attempt that has a log. */
+export interface LogEntry {
+  readonly taskId: string;
+  readonly attempt: number;
+  readonly size: number;
+}
+
+/** What a task's record does not tell about where it stands. */
+export interface TaskStanding {
+  readonly jobId: string;
+  readonly domainId: string;
+  /** Leases it had, the current one included, whether or not they counted as attempts. */
+  readonly attempts: number;
+  /** Since when the current lease is held. */
+  readonly leasedAt: string | null;
+  readonly final: boolean;
+  /** Tasks that wait for the same kind of node and come before it; null unless a node may take it now. */
+  readonly ahead: { readonly higherPriority: number; readonly older: number } | null;
+}
+
 /** `shutdown`: the node drains. `canceled`: the work of a cancelled task is gone. */
 export interface ReleaseItem extends LeaseRef {
   readonly reason: 'shutdown' | 'canceled' | 'setup_failed';
+  /** Kept as the `meta` of the attempt's receipt. Default none. */
+  readonly details?: Json;
 }
 
 export interface SweepAnswer {
@@ -123,6 +191,79 @@ export interface ListJobsQuery {
   readonly limit: number;
   /** As returned; null starts with the newest job. */
   readonly cursor: string | null;
+}
+
+export interface PruneQuery {
+  /** Only jobs that ended at least so long ago. */
+  readonly endedForMs: number;
+  /** Data items made under the job's leases go with it. */
+  readonly artifacts: boolean;
+  /** As returned; null begins with the oldest job. */
+  readonly cursor: string | null;
+}
+
+export interface PruneAnswer {
+  /** Removed. */
+  readonly jobs: number;
+  readonly items: number;
+  /** Where the next batch begins; null: all jobs that are old enough were looked at. */
+  readonly nextCursor: string | null;
+}
+
+export interface DeadTasksQuery {
+  readonly domainId: string | null;
+  readonly jobId: string | null;
+  readonly capability: string | null;
+  /** 1 to 100. */
+  readonly limit: number;
+  /** As returned; null starts with the newest job. */
+  readonly cursor: string | null;
+}
+
+export interface NewSchedule {
+  readonly name: string;
+  readonly cron: string;
+  readonly timeZone: string;
+  readonly catchUp: ScheduleRecord['catch_up'];
+  readonly overlap: ScheduleRecord['overlap'];
+  /** Its domain is the schedule's. */
+  readonly job: JobSpec;
+  readonly organizationId: string | null;
+  /** The first tick, epoch ms. */
+  readonly nextAtMs: number | null;
+  /** One of the same name goes. Else that is `already_exists`. */
+  readonly replace: boolean;
+}
+
+/** A schedule whose tick is due, claimed for the caller. */
+export interface DueSchedule {
+  readonly schedule: ScheduleRecord;
+  /** Of this schedule and of no other that ever has the name. */
+  readonly revision: string;
+  readonly organizationId: string | null;
+  /** Where it stands, epoch ms. */
+  readonly tickMs: number;
+  /** The store's time when it was claimed. */
+  readonly nowMs: number;
+}
+
+export interface ClaimedSchedules {
+  /** The earliest first; at most a hundred. */
+  readonly due: readonly DueSchedule[];
+  /** When to look again, epoch ms; null: nothing will be due. */
+  readonly nextAtMs: number | null;
+}
+
+export interface EndedTick {
+  readonly revision: string;
+  /** Where the schedule stood. */
+  readonly tickMs: number;
+  /** The last tick that this settles, at or after {@link tickMs}. */
+  readonly lastTickMs: number;
+  readonly nextAtMs: number | null;
+  readonly outcome: ScheduleOutcome;
+  /** null keeps the one before. */
+  readonly jobId: string | null;
 }
 
 /** A node is online while it holds a lease, and this long after it last asked for work. */
@@ -189,6 +330,26 @@ export interface DataQuery {
   readonly limit: number;
 }
 
+/** Bytes already in the blob store, to be known as code. */
+export interface ComputeWrite {
+  /** `sha256:<hex>`, as the blob store names them. */
+  readonly digest: string;
+  readonly engine: string;
+  readonly size: number;
+}
+
+export interface PutComputeAnswer {
+  readonly compute: ComputeRecord;
+  /** False: it was there. */
+  readonly created: boolean;
+}
+
+export interface ListComputesQuery {
+  readonly limit: number;
+  /** As returned; null starts with the newest. */
+  readonly cursor: string | null;
+}
+
 /** A chunked upload under way. */
 export interface UploadRecord {
   readonly id: string;
@@ -216,7 +377,29 @@ export interface Standby {
 export type StoreChange =
   | { readonly kind: 'runnable' }
   | { readonly kind: 'job'; readonly jobId: string }
-  | { readonly kind: 'cancel'; readonly leaseIds: readonly string[] };
+  /** The logs of these tasks have grown. */
+  | { readonly kind: 'logs'; readonly taskIds: readonly string[] }
+  | { readonly kind: 'cancel'; readonly leaseIds: readonly string[] }
+  /** Changes may have been missed: whoever waits for anything should look again. Only a store shared by processes says it. */
+  | { readonly kind: 'anything' };
+
+/** How much work waits that makes the same demands on a node. */
+export interface QueueStanding {
+  readonly capability: string;
+  readonly filters: CapabilityFilters;
+  readonly mode: NodeMode;
+  readonly organizationId: string | null;
+  /** A node may take them. */
+  readonly ready: number;
+  /** Wait for an earlier stage. */
+  readonly blocked: number;
+  /** Wait for their time, as submitted or after a failed attempt. */
+  readonly delayed: number;
+  /** Leased or running. */
+  readonly held: number;
+  /** How long the oldest of those that are ready has waited. */
+  readonly oldestReadyAgeMs: number | null;
+}
 
 /** Where the open leases and their tasks stand, for `/metrics` and `doctor`. */
 export interface StoreStats {
@@ -238,6 +421,17 @@ export interface Store extends AsyncDisposable {
   cancelJob(id: string): Promise<JobRecord | null>;
   /** @throws MillraceError `failed_precondition` while a task of it is leased. False: unknown job. */
   deleteJob(id: string): Promise<boolean>;
+  /**
+   * Removes jobs that ended long ago, one batch of the oldest: with their events, logs and receipts, and what could be given
+   * again from them. A job that an unfinished job does again, directly or over others, stays.
+   */
+  pruneJobs(query: PruneQuery): Promise<PruneAnswer>;
+  /** The job as it was submitted, but for `stage:` inputs that have become data ids since. Null: unknown job. */
+  submission(jobId: string): Promise<JobSpec | null>;
+  /** Tasks that failed for good, those of the newest job first. */
+  deadTasks(
+    query: DeadTasksQuery,
+  ): Promise<{ readonly items: readonly TaskRecord[]; readonly nextCursor: string | null }>;
   /** Events with `seq > after`, in order. Null: unknown job. */
   events(jobId: string, after: number, limit: number): Promise<readonly JobEvent[] | null>;
 
@@ -251,6 +445,39 @@ export interface Store extends AsyncDisposable {
   canceledLeases(nodeId: string, leaseIds: readonly string[]): Promise<readonly string[]>;
   /** Takes back expired leases, makes due retries runnable, fails tasks past their deadline. */
   sweep(): Promise<SweepAnswer>;
+
+  // Logs of attempts. They go with their job.
+  /**
+   * Appends to logs, each under its lease. Saying again what is kept is harmless, whatever became of the answer. A log keeps
+   * at most `maxBytes`. Errors of an item: as for every write under a lease; `failed_precondition` with
+   * `details.next_offset` when bytes are missing before `offset`; `resource_exhausted` past `maxBytes`.
+   */
+  appendLogs(
+    items: readonly LogAppend[],
+    maxBytes: number,
+  ): Promise<Outcome<{ readonly nextOffset: number }>[]>;
+  /**
+   * Null: unknown task. An attempt that is the next to come is empty.
+   *
+   * @throws MillraceError `not_found` for attempts further away, `invalid_argument` for an offset past the end
+   */
+  readLogs(query: LogQuery): Promise<LogPage | null>;
+  /** The job's attempts that said something, by task and attempt. Null: unknown job. */
+  listLogs(jobId: string): Promise<readonly LogEntry[] | null>;
+  /** Null: unknown task. */
+  standing(taskId: string): Promise<TaskStanding | null>;
+
+  // Jobs that are submitted at set times.
+  /** @throws MillraceError `already_exists`; `resource_exhausted` at a thousand schedules */
+  putSchedule(schedule: NewSchedule): Promise<ScheduleRecord>;
+  /** By domain and name; null: of all domains. */
+  listSchedules(domainId: string | null): Promise<readonly ScheduleRecord[]>;
+  getSchedule(domainId: string, name: string): Promise<ScheduleRecord | null>;
+  deleteSchedule(domainId: string, name: string): Promise<boolean>;
+  /** Claims what is due for so long: until then, or until its tick is ended, nobody else gets it. */
+  claimSchedules(claimMs: number): Promise<ClaimedSchedules>;
+  /** Moves a schedule on, if it still stands where it stood. */
+  endTick(tick: EndedTick): Promise<boolean>;
 
   // Nodes and their identity.
   createNode(node: NewNode): Promise<NodeRecord>;
@@ -290,10 +517,24 @@ export interface Store extends AsyncDisposable {
   /** Forgets the upload; false when unknown. Expired ones are listed by {@link expiredUploads}. */
   deleteUpload(id: string): Promise<boolean>;
   expiredUploads(limit: number): Promise<readonly UploadRecord[]>;
-  /** Of these digests, those that no data item names. */
+  /** Of these digests, those that no data item names and no compute has. */
   unreferencedDigests(digests: readonly string[]): Promise<readonly string[]>;
 
+  // Computes. The bytes are in the blob store; digests are `sha256:<hex>`.
+  /** Keeps one that is there. @throws MillraceError `already_exists` when it is there for another engine. */
+  putCompute(compute: ComputeWrite): Promise<PutComputeAnswer>;
+  getCompute(digest: string): Promise<ComputeRecord | null>;
+  listComputes(
+    query: ListComputesQuery,
+  ): Promise<{ readonly items: readonly ComputeRecord[]; readonly nextCursor: string | null }>;
+  /** False: there was none. Its bytes go with the next collection, unless a data item names them. */
+  deleteCompute(digest: string): Promise<boolean>;
+  /** Of these digests, those that no compute has, in the order given. */
+  missingComputes(digests: readonly string[]): Promise<readonly string[]>;
+
   stats(): Promise<StoreStats>;
+  /** By what they demand of a node, the tasks that have not ended; nothing for demands without any. */
+  queues(): Promise<readonly QueueStanding[]>;
   /** Calls `listener` after each commit that changed something of interest. */
   subscribe(listener: (change: StoreChange) => void): Disposable;
   /**

@@ -42,7 +42,7 @@ CREATE TABLE queues (
 ) STRICT;
 
 -- seq is the order of submission. The tasks of a job have consecutive seqs from first_task on, so "the tasks of a job" is a
--- range of the primary key and needs no index.
+-- range; a task's id is made from its job's id and its place in that range. Neither needs an index.
 CREATE TABLE jobs (
   seq                 INTEGER PRIMARY KEY,
   id                  TEXT NOT NULL UNIQUE,
@@ -80,7 +80,8 @@ CREATE TABLE submissions (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX submissions_job ON submissions (job_seq);
 
--- Only stages that an edge names: the others are runnable from the start and nobody waits for them.
+-- Only stages that an edge names: the others are runnable from the start and nobody waits for them. opened_at is when the
+-- last preceding stage completed.
 CREATE TABLE stages (
   job_seq        INTEGER NOT NULL,
   stage          INTEGER NOT NULL CHECK (stage >= 1),
@@ -89,6 +90,7 @@ CREATE TABLE stages (
   last_task      INTEGER NOT NULL,
   remaining      INTEGER NOT NULL CHECK (remaining >= 0),
   deps_remaining INTEGER NOT NULL CHECK (deps_remaining >= 0),
+  opened_at      INTEGER,
   PRIMARY KEY (job_seq, stage)
 ) STRICT, WITHOUT ROWID;
 
@@ -99,24 +101,32 @@ CREATE TABLE stage_edges (
   PRIMARY KEY (job_seq, from_stage, to_stage)
 ) STRICT, WITHOUT ROWID;
 
--- The part of a task that changes. stage is 0 for a stage without edges. wake_at is when the sweeper must look at the task:
--- its lease expires, its retry is due or its deadline passes.
+-- What tasks were submitted with, in rows of many neighbours, never changed. body is a JSON array with an array for each task:
+-- stage number (0: a stage without edges), queue, priority, max_attempts, deadline, label, stage (null: as the label),
+-- inputs_cids, outputs_prefix, meta.
+CREATE TABLE task_specs (
+  first_task INTEGER PRIMARY KEY,
+  job_seq    INTEGER NOT NULL,
+  body       TEXT NOT NULL
+) STRICT;
+
+-- The inputs of tasks that named the outputs of an earlier stage, once these are known: a JSON array.
+CREATE TABLE task_inputs (
+  task_seq INTEGER PRIMARY KEY,
+  inputs   TEXT NOT NULL
+) STRICT;
+
+-- Where a task stands, from its first lease on, or from its end if that comes first. A task without a row waits as it was
+-- submitted: blocked while a stage before its own is not complete, else ready. The id of the lease is made from leased_at and
+-- lease_no. ending is the number of the row of endings that has the newest of its own; 0 while there is none.
 CREATE TABLE tasks (
   seq                 INTEGER PRIMARY KEY,
-  id                  TEXT NOT NULL UNIQUE,
-  job_seq             INTEGER NOT NULL,
-  stage               INTEGER NOT NULL,
-  queue_id            INTEGER NOT NULL,
-  priority            INTEGER NOT NULL,
-  max_attempts        INTEGER NOT NULL,
-  deadline_at         INTEGER,
   state               TEXT NOT NULL,
-  wake_at             INTEGER,
   attempts            INTEGER NOT NULL CHECK (attempts >= 0),
   node_faults         INTEGER NOT NULL,
   drains              INTEGER NOT NULL,
-  lease_id            TEXT,
   node_id             TEXT,
+  lease_no            INTEGER,
   leased_at           INTEGER,
   lease_expires_at    INTEGER,
   last_heartbeat_at   INTEGER,
@@ -124,16 +134,30 @@ CREATE TABLE tasks (
   cancel_requested_at INTEGER,
   updated_at          INTEGER NOT NULL,
   reason              TEXT,
-  CHECK ((state = 'leased' OR state = 'running') = (lease_id IS NOT NULL))
+  ending              INTEGER NOT NULL,
+  CHECK ((state = 'leased' OR state = 'running') = (lease_no IS NOT NULL))
 ) STRICT;
-CREATE INDEX tasks_ready ON tasks (queue_id, priority DESC, seq) WHERE state = 'ready';
-CREATE INDEX tasks_wake ON tasks (wake_at) WHERE wake_at IS NOT NULL;
 
--- What a task was submitted with, as a JSON array: label, stage, inputs_cids (resolved once runnable), outputs_prefix, meta.
-CREATE TABLE task_specs (
-  task_seq INTEGER PRIMARY KEY,
-  spec     TEXT NOT NULL
-) STRICT;
+-- The tasks in state ready, as ranges: those from first_task to last_task are of one queue and priority and became ready
+-- together, so that a job of a thousand like tasks is one row. fresh: none of them has a row in tasks yet.
+CREATE TABLE ready (
+  queue_id   INTEGER NOT NULL,
+  priority   INTEGER NOT NULL,
+  first_task INTEGER NOT NULL,
+  last_task  INTEGER NOT NULL,
+  since      INTEGER NOT NULL,
+  fresh      INTEGER NOT NULL,
+  PRIMARY KEY (queue_id, priority DESC, first_task),
+  CHECK (first_task <= last_task)
+) STRICT, WITHOUT ROWID;
+
+-- When the sweeper must look at a task that nobody holds: its retry is due or its deadline passes. Leases are watched in
+-- memory.
+CREATE TABLE wakes (
+  at       INTEGER NOT NULL,
+  task_seq INTEGER NOT NULL,
+  PRIMARY KEY (at, task_seq)
+) STRICT, WITHOUT ROWID;
 
 -- What heartbeats brought: the newest progress and the last few events, as JSON.
 CREATE TABLE task_reports (
@@ -142,25 +166,22 @@ CREATE TABLE task_reports (
   events   TEXT NOT NULL
 ) STRICT;
 
--- One row for each attempt that ended, in the order they ended; the receipts of the wire.
-CREATE TABLE attempts (
-  task_seq   INTEGER NOT NULL,
-  no         INTEGER NOT NULL,
-  lease_id   TEXT NOT NULL,
-  node_id    TEXT NOT NULL,
-  outcome    TEXT NOT NULL,
-  outputs    TEXT NOT NULL,
-  meta       TEXT NOT NULL,
-  reason     TEXT,
-  leased_at  INTEGER NOT NULL,
-  created_at INTEGER NOT NULL,
-  PRIMARY KEY (task_seq, no)
+-- How attempts ended, the receipts of the wire, in rows of many: one transaction adds at most a few rows per job however
+-- many of its tasks it ended. body is a JSON array with an array for each ending, in their order: task counted from the job's
+-- first, row with the ending of that task before this one (0: none), ms after at, outcome as a position in the store's list,
+-- lease_no, leased_at, node (0: as before), outputs, meta, reason.
+CREATE TABLE endings (
+  job_seq INTEGER NOT NULL,
+  no      INTEGER NOT NULL CHECK (no >= 1),
+  at      INTEGER NOT NULL,
+  body    TEXT NOT NULL,
+  PRIMARY KEY (job_seq, no)
 ) STRICT, WITHOUT ROWID;
 
--- The event stream of a job, in rows of many events: one transaction adds at most a few rows per job however many of its
--- tasks it moved. body is a JSON array of [ms after at, kind, task, data]: kind is a position in the store's list of kinds,
--- task counts from the job's first task (-1: the job itself), data is left out when empty. The last event has the number
--- last_seq.
+-- The event stream of a job, in rows of many events like endings. body is a JSON array with an array for each kind of change:
+-- ms after at, kind as a position in the store's list, task counted from the job's first (-1: the job itself), data (left out
+-- or 0: empty), number of tasks it happened to, from that one on (left out: 1). The data of a lease is node, attempt and
+-- lease_no, which counts up with the tasks. The last event has the number last_seq.
 CREATE TABLE events (
   job_seq  INTEGER NOT NULL,
   last_seq INTEGER NOT NULL,

@@ -5,6 +5,7 @@
  * put within `graceMs`; it asks the store after looking at the stamp, and the blob store deletes only what was not put
  * again since. An item's old bytes may go while somebody is about to read them; readers look the item up again.
  */
+import { randomUUID } from 'node:crypto';
 import { MillraceError, systemClock, type Clock } from '@millrace/runner';
 import type { BlobStore, StoredBlob } from '../blobs.ts';
 import type { Store } from '../store.ts';
@@ -19,6 +20,7 @@ export interface CollectOptions {
 }
 
 export interface Collected {
+  /** Chunked uploads, and puts that a crash ended. */
   readonly uploads: number;
   readonly blobs: number;
   readonly bytes: number;
@@ -36,7 +38,8 @@ const MIN_GRACE_MS = 60 * 60 * 1000;
 /**
  * One round over all blobs. Safe to run beside everything else, also beside another round.
  *
- * @throws MillraceError `invalid_argument` for a grace below one hour.
+ * @throws MillraceError `invalid_argument` for a grace below one hour; `failed_precondition` when the blobs belong to another
+ * database, to which every blob there is would look unnamed.
  */
 export async function collectGarbage(
   store: Store,
@@ -47,12 +50,14 @@ export async function collectGarbage(
   if (!(graceMs >= MIN_GRACE_MS)) {
     throw new MillraceError('invalid_argument', `graceMs must be at least ${MIN_GRACE_MS}, got ${graceMs}`);
   }
+  await checkOwner(store, blobs);
   const { signal } = options;
   const now = (options.clock ?? systemClock).now();
   const cutoff = now - graceMs;
   const uploads =
     (await dropExpiredUploads(store, blobs, signal)) +
-    (await dropForgottenParts(blobs, now - UPLOAD_TTL_MS - graceMs, signal));
+    (await dropForgottenParts(blobs, now - UPLOAD_TTL_MS - graceMs, signal)) +
+    ((await blobs.sweep?.(now - UPLOAD_TTL_MS, signal)) ?? 0);
   const result = { uploads, blobs: 0, bytes: 0 };
   let batch: StoredBlob[] = [];
   const flush = async (): Promise<void> => {
@@ -74,6 +79,18 @@ export async function collectGarbage(
   }
   if (batch.length > 0) await flush();
   return result;
+}
+
+async function checkOwner(store: Store, blobs: BlobStore): Promise<void> {
+  const setting = await store.setting('blob_owner', () => ({ id: randomUUID() }));
+  const mine = setting['id'] as string;
+  const owner = await blobs.claim(mine);
+  if (owner === mine) return;
+  throw new MillraceError(
+    'failed_precondition',
+    `the blobs belong to the database with blob_owner ${owner}, this one has ${mine}, so nothing is removed; use the two that ` +
+      'belong together, or remove the mark "owner" beside the blobs when the other database is gone for good',
+  );
 }
 
 /** Parts that came after their upload was aborted, and a crash kept from being dropped at once. */

@@ -5,13 +5,26 @@
  *   synced too. So a name is there with the right bytes or not at all, whenever the power fails.
  * - Everything under way is in `tmp/<pid>-<random>`; what a crashed process left there is removed at the next open.
  * - `uploads/<upload id>/<part number>` are parts of chunked uploads, as durable as blobs.
+ * - `owner` holds the id of the database that names the blobs.
  * - What it makes is open to its owner only.
  * - Putting bytes again replaces the file by an equal one. That costs a write, and buys that a damaged file is healed
  *   by it and that "when was this put last" needs no second place to be kept.
  */
 import { createHash } from 'node:crypto';
 import { constants } from 'node:fs';
-import { mkdir, open, opendir, readdir, rename, rm, stat, unlink, type FileHandle } from 'node:fs/promises';
+import {
+  link,
+  mkdir,
+  open,
+  opendir,
+  readFile,
+  readdir,
+  rename,
+  rm,
+  stat,
+  unlink,
+  type FileHandle,
+} from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Readable } from 'node:stream';
 import { MillraceError, systemClock, type ByteStream, type Clock, type Random } from '@millrace/runner';
@@ -90,6 +103,33 @@ class FileBlobs implements BlobStore {
     } catch (error) {
       throw storageError(error, 'opening the blob folder', this.#dir);
     }
+  }
+
+  async claim(owner: string): Promise<string> {
+    const path = join(this.#dir, 'owner');
+    return this.#run('claim', async () => {
+      try {
+        const known = await readFile(path, 'utf8').catch(nullIfMissing);
+        if (known !== null) return known;
+        // A link appears whole, and fails where there is one already.
+        const temp = this.#tempPath();
+        const handle = await open(temp, 'wx', FILE_MODE);
+        try {
+          await handle.writeFile(owner);
+          await handle.sync();
+        } finally {
+          await handle.close();
+        }
+        await link(temp, path).catch((error: NodeJS.ErrnoException) => {
+          if (error.code !== 'EEXIST') throw error;
+        });
+        await unlink(temp);
+        await syncFolder(this.#dir);
+        return await readFile(path, 'utf8');
+      } catch (error) {
+        throw storageError(error, 'marking whose blobs these are', path);
+      }
+    });
   }
 
   async put(bytes: ByteStream, options: PutOptions): Promise<BlobInfo> {

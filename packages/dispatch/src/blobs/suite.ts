@@ -68,6 +68,20 @@ export function blobSuite(name: string, make: () => Promise<BlobHarness>): void 
       }
     });
 
+    test('the first owner is the owner, whoever asks and however often it is opened', async () => {
+      expect(await blobs.claim('one-1')).toBe('one-1');
+      expect(await blobs.claim('another-2')).toBe('one-1');
+      // The mark is no blob.
+      expect(await digests(blobs)).toEqual([]);
+      expect(await (await harness.reopen()).claim('third-3')).toBe('one-1');
+    });
+
+    test('of owners that come at once all are told the same', async () => {
+      const told = await Promise.all(['a-1', 'b-2', 'c-3', 'd-4'].map((owner) => blobs.claim(owner)));
+      expect(['a-1', 'b-2', 'c-3', 'd-4']).toContain(await blobs.claim('e-5'));
+      expect(told).toContain(await blobs.claim('e-5'));
+    });
+
     test('an unknown digest is null to stat and not_found to open', async () => {
       const digest = sha256(Buffer.from('never put'));
       expect(await blobs.stat(digest)).toBeNull();

@@ -8,7 +8,7 @@
  * transport `unavailable` (retryable), undecodable answers `data_loss` (retryable). `details.retry_after_ms` is set
  * from `Retry-After`.
  */
-import type { Json, LeaseEnvelope, TaskSpec } from '@millrace/runner';
+import type { Json, JsonObject, LeaseEnvelope, MillraceError, TaskSpec } from '@millrace/runner';
 
 /** What `GET {base}/features` of our dispatcher tells; a server without it has none of these. */
 export interface Features {
@@ -20,6 +20,10 @@ export interface Features {
   readonly leaseIds: boolean;
   /** `lease({start: true})` makes the task `running` at once, so no first heartbeat is needed before the work. */
   readonly startOnLease: boolean;
+  /** Endings may carry what the attempt used: `usage` in complete's `meta` and fail's `details`, and in a release. */
+  readonly endingUsage?: boolean;
+  /** Bytes the log of one attempt may have; 0 or absent: the server keeps none, lines go with the events. */
+  readonly taskLogBytes?: number;
   /** Registration should be repeated this often; null: it need not be. */
   readonly registrationIntervalSecs: number | null;
 }
@@ -29,6 +33,8 @@ export const NO_FEATURES: Features = {
   batchItems: 0,
   leaseIds: false,
   startOnLease: false,
+  endingUsage: false,
+  taskLogBytes: 0,
   registrationIntervalSecs: null,
 };
 
@@ -107,6 +113,18 @@ export interface EndingReport {
   readonly [extra: string]: unknown;
 }
 
+/** What goes to the log of a lease's attempt. */
+export interface LogPiece {
+  readonly lease: LeaseHandle;
+  /** Where in the log, in bytes of UTF-8, `lines` begin. */
+  readonly offset: number;
+  /** Whole lines, each ended by a line feed. */
+  readonly lines: string;
+}
+
+/** `nextOffset`: what the log has now, and so where the next piece begins; less than was sent when something before it is missing. */
+export type LogAnswer = { readonly nextOffset: number } | { readonly error: MillraceError };
+
 export interface CallOptions {
   readonly signal?: AbortSignal;
 }
@@ -117,7 +135,12 @@ export interface Dms {
   lease(request: LeaseQuery, options?: CallOptions): Promise<LeaseResult>;
   heartbeat(
     lease: LeaseHandle,
-    body: { readonly progress: Json; readonly events: readonly Json[] },
+    body: {
+      readonly progress: Json;
+      readonly events: readonly Json[];
+      /** Ours: the events are in the attempt's log as well. */
+      readonly logged?: boolean;
+    },
     options?: CallOptions,
   ): Promise<HeartbeatReply>;
   complete(
@@ -130,12 +153,20 @@ export interface Dms {
     body: { readonly reason: string; readonly details: Json | EndingReport },
     options?: CallOptions,
   ): Promise<void>;
-  /** Ours: gives the lease back. `unimplemented` where the server lacks it. */
+  /**
+   * Ours: gives the lease back. `unimplemented` where the server lacks it. `details` are kept with the attempt where it was
+   * cancelled; see {@link Features.endingUsage}.
+   */
   release(
     lease: LeaseHandle,
     reason: 'shutdown' | 'canceled' | 'setup_failed',
-    options?: CallOptions,
+    options?: CallOptions & { readonly details?: JsonObject },
   ): Promise<void>;
+  /**
+   * Ours, where {@link Features.taskLogBytes} is not 0: appends to logs. An answer for each piece, in order, whose errors have
+   * the codes of a call for it alone. Sending a piece again is harmless.
+   */
+  appendLogs(pieces: readonly LogPiece[], options?: CallOptions): Promise<readonly LogAnswer[]>;
   /**
    * Ours: waits up to `waitSecs` until the work of one of these leases should end and returns those; empty when the
    * time is up. `unimplemented` where the server lacks it.

@@ -65,6 +65,8 @@ export interface UploadSession {
   readonly partSize: number;
   /** null from a server of the older kind. */
   readonly dataId: string | null;
+  /** The server takes several parts at the same time and in any order. Others may count on one after the other. */
+  readonly parallelParts: boolean;
 }
 
 export interface DomainStorage {

@@ -121,7 +121,6 @@ class HttpDds implements Dds, AsyncDisposable {
         method: 'POST',
         path: PATHS[call],
         json: body,
-        headers: { accept: 'application/json' },
         signal,
       });
       if (answer.status < 200 || answer.status > 299) {

@@ -43,6 +43,8 @@ describe('against our dispatcher', () => {
       batchItems: 256,
       leaseIds: true,
       startOnLease: true,
+      endingUsage: true,
+      taskLogBytes: 16 * 1024 * 1024,
       registrationIntervalSecs: null,
     });
   });
@@ -78,6 +80,33 @@ describe('against our dispatcher', () => {
     expect(Math.abs(beat.serverTimeMs! - Date.now())).toBeLessThan(60_000);
     await dms.complete(lease, { output_cids: [], meta: report(envelope.task.id, capability) });
     expect((await server.store.getJob(jobId))?.job.status).toBe('completed');
+  });
+
+  test('the trace of a job comes with its leases, and the details of a release arrive', async () => {
+    const { dms, capability } = await scene(3);
+    await using _ = dms;
+    const traceparent = '00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01';
+    const { body } = await server.call('POST', '/v1/jobs', {
+      json: { label: 'traced', tasks: [1, 2, 3].map(() => ({ capability })) },
+      headers: { traceparent },
+    });
+    const results = [
+      await dms.lease({ max: 1, waitSecs: 0, start: true }),
+      await dms.lease({ max: 2, waitSecs: 0, start: true }),
+    ];
+    const leases = results.flatMap((result) => (result.kind === 'leases' ? result.leases : []));
+    expect(leases.map(({ envelope }) => envelope.traceparent)).toEqual([
+      traceparent,
+      traceparent,
+      traceparent,
+    ]);
+    const details = { usage: { wall_ms: 1 } };
+    for (const { envelope, leaseId } of leases) {
+      await dms.release({ taskId: envelope.task.id, leaseId }, 'shutdown', { details });
+    }
+    const receipts = (await server.store.getJob(body.job_id))?.receipts ?? [];
+    expect(receipts.map(({ meta }) => meta)).toEqual([details, details, details]);
+    await server.store.cancelJob(body.job_id);
   });
 
   test('several leases at once, started at once; then none, and busy', async () => {

@@ -2,7 +2,14 @@
  * DMS over HTTP, for the reference service and for our dispatcher. What ours has beyond the reference is used after
  * `GET {base}/features` announced it; a server without that gets exactly the reference's requests.
  */
-import { MillraceError, parseLease, parseLeaseJson, parseTaskSpec, type Json } from '@millrace/runner';
+import {
+  MillraceError,
+  parseLease,
+  parseLeaseJson,
+  parseTaskSpec,
+  type Json,
+  type JsonObject,
+} from '@millrace/runner';
 import {
   type Decoder,
   absent,
@@ -20,7 +27,7 @@ import {
   url,
   uuid,
 } from '@millrace/runner/decode';
-import { HttpOrigin, dateOf, statusError, type HttpResponse } from './http.ts';
+import { HttpOrigin, codeOfStatus, dateOf, statusError, type HttpResponse } from './http.ts';
 import type { ProxySettings } from './proxy.ts';
 import {
   NO_FEATURES,
@@ -32,6 +39,8 @@ import {
   type LeaseHandle,
   type LeaseQuery,
   type LeaseResult,
+  type LogAnswer,
+  type LogPiece,
   type ReceivedLease,
   type TokenSource,
 } from './dms.ts';
@@ -120,10 +129,11 @@ export class HttpDms implements Dms, AsyncDisposable {
 
   async heartbeat(
     lease: LeaseHandle,
-    body: { readonly progress: Json; readonly events: readonly Json[] },
+    body: Parameters<Dms['heartbeat']>[1],
     options: CallOptions = {},
   ): Promise<HeartbeatReply> {
-    const call = taskCall(lease, 'heartbeat', { progress: body.progress, events: body.events });
+    const { progress, events, logged } = body;
+    const call = taskCall(lease, 'heartbeat', { progress, events, ...(logged && { logged }) });
     const what = `${call.method} ${call.path}`;
     const response = await this.#send(call, options);
     const serverTimeMs = latestTimeOf(response);
@@ -150,10 +160,28 @@ export class HttpDms implements Dms, AsyncDisposable {
   async release(
     lease: LeaseHandle,
     reason: 'shutdown' | 'canceled' | 'setup_failed',
-    options: CallOptions = {},
+    options: CallOptions & { readonly details?: JsonObject } = {},
   ): Promise<void> {
-    await this.#requireLeaseIds('release', options);
-    await this.#end(taskCall(lease, 'release', { reason }), options);
+    const { endingUsage } = await this.#requireLeaseIds('release', options);
+    const { details } = options;
+    const body = endingUsage && details !== undefined ? { reason, details } : { reason };
+    await this.#end(taskCall(lease, 'release', body), options);
+  }
+
+  async appendLogs(pieces: readonly LogPiece[], options: CallOptions = {}): Promise<readonly LogAnswer[]> {
+    const { taskLogBytes = 0 } = await this.features(options);
+    if (taskLogBytes === 0) {
+      throw new MillraceError('unimplemented', `${this.#origin.baseUrl} does not keep logs of tasks`);
+    }
+    const items = pieces.map(({ lease, offset, lines }) => ({
+      task_id: lease.taskId,
+      lease_id: lease.leaseId,
+      offset,
+      lines,
+    }));
+    const response = await this.#send({ method: 'POST', path: '/tasks/logs', json: { items } }, options);
+    const text = await successText('POST /tasks/logs', response, MAX_ANSWER_BYTES);
+    return decoded('POST /tasks/logs', response, () => decodeLogAnswers(text, pieces.length));
   }
 
   async watch(
@@ -349,6 +377,8 @@ function decodeFeatures(text: string): Features {
     batchItems: raw.batch_items,
     leaseIds: raw.lease_ids,
     startOnLease: raw.start_on_lease,
+    endingUsage: raw.ending_usage,
+    taskLogBytes: raw.task_logs,
     registrationIntervalSecs: raw.registration_interval_secs,
   };
 }
@@ -358,6 +388,8 @@ const FEATURES = {
   batch_items: absent(counter, () => 0),
   lease_ids: absent(boolean, () => false),
   start_on_lease: absent(boolean, () => false),
+  ending_usage: absent(boolean, () => false),
+  task_logs: absent(counter, () => 0),
   registration_interval_secs: optional(counter),
 };
 
@@ -376,6 +408,25 @@ function decodeLeases(text: string, serverTimeMs: number | null): ReceivedLease[
     envelope: parseLease(value, path),
     serverTimeMs,
   }))(leases, 'leases');
+}
+
+function decodeLogAnswers(text: string, expected: number): LogAnswer[] {
+  const { results } = object(parseJson(text, 'log answer'), 'log answer');
+  const answers = arrayOf((value, path): LogAnswer => {
+    const { status, body, error } = object(value, path);
+    if (status === 200) return { nextOffset: counter(object(body, path)['next_offset'], path) };
+    const { message, next_offset: wanted } = object(error, path);
+    if (wanted !== undefined) return { nextOffset: counter(wanted, path) };
+    const code = codeOfStatus(counter(status, path));
+    return {
+      error: new MillraceError(code, string(message, path), {
+        retryable: code === 'unavailable' || status === 429,
+        details: { status: counter(status, path) },
+      }),
+    };
+  })(results, 'results');
+  if (answers.length !== expected) throw new Error(`${answers.length} answers to ${expected} pieces`);
+  return answers;
 }
 
 type WireReply = Omit<HeartbeatReply, 'serverTimeMs'>;

@@ -72,7 +72,7 @@ describe('domain storage client against our own dispatcher', () => {
       size: bytes.length,
       existingId: null,
     });
-    expect(session.partSize).toBe(64 * 1024);
+    expect(session).toMatchObject({ partSize: 64 * 1024, parallelParts: true });
     async function* slowly(chunk: Buffer): AsyncGenerator<Uint8Array> {
       for (let at = 0; at < chunk.length; at += 1000) yield chunk.subarray(at, at + 1000);
     }
@@ -201,6 +201,23 @@ describe('domain storage client against servers that misbehave', () => {
   const partHead = (size: number): string =>
     `--b\r\nContent-Disposition: form-data; name="n"; data-type="t"; id="i"; domain-id="d"; size="${size}"\r\n\r\n`;
 
+  test('a server that sends us elsewhere than it announced is not followed', async () => {
+    const origin = 'http://127.0.0.1:9';
+    answer = (response, request) => {
+      const headers = { 'millrace-direct-origin': origin };
+      if (request.headers['millrace-direct'] !== '1') response.writeHead(404, headers).end();
+      else response.writeHead(307, { ...headers, location: 'http://127.0.0.1:10/blob?signature=hush' }).end();
+    };
+    expect(await storage.get('d', 'i')).toBeNull();
+    const error = await failure(storage.openRaw('d', 'i'));
+    expect(error).toMatchObject({ code: 'permission_denied', retryable: false });
+    expect(String(error)).toContain(
+      'sends to http://127.0.0.1:10 for the bytes, announced was http://127.0.0.1:9',
+    );
+    expect(String(error)).not.toContain('hush');
+    expect(seen.length).toBe(2);
+  });
+
   test('every request carries the client id and the token of the moment, below the path prefix', async () => {
     answer = (response) => void response.writeHead(500).end();
     const calls = [
@@ -295,6 +312,10 @@ describe('domain storage client against servers that misbehave', () => {
       });
       expect(await failure(start)).toMatchObject({ code: 'unimplemented', details: { status } });
     }
+    answer = (response) => void response.end('{"upload_id":"u","part_size":5}');
+    expect(
+      await storage.startUpload({ domainId: 'd', name: 'n', dataType: 't', size: 5, existingId: null }),
+    ).toEqual({ uploadId: 'u', partSize: 5, dataId: null, parallelParts: false });
     for (const body of ['{"upload_id":"u","part_size":0}', '{"upload_id":"u"}', '[]', 'nonsense']) {
       answer = (response) => void response.end(body);
       const start = storage.startUpload({

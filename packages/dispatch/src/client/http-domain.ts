@@ -33,6 +33,12 @@ const INFO_TTL_MS = 60_000;
 /** Joining parts takes the server a while: this is granted per part on top of the usual timeout. */
 const JOIN_MS_PER_PART = 1_000;
 
+/** After a read past the server failed, bytes come through it for so long. */
+const DIRECT_PAUSE_MS = 60_000;
+
+/** Below this the two requests more that a read past the server costs are not worth it. */
+const DIRECT_BYTES = 1024 * 1024;
+
 /** Metadata of this many bytes at most. A list of a whole domain may be long. */
 const LIST_BYTES = 64 * 1024 * 1024;
 
@@ -71,7 +77,7 @@ export function openDomainPool(pool: { readonly proxy?: ProxySettings } = {}): D
       return new HttpDomainStorage(server, options);
     },
     [Symbol.asyncDispose]: async () => {
-      await Promise.all([...servers.values()].map((server) => server.http.close()));
+      await Promise.all([...servers.values()].map((server) => server.close()));
     },
   };
 }
@@ -94,10 +100,31 @@ class DomainServer {
   readonly http: HttpOrigin;
   readonly timeoutMs: number;
   info: { readonly value: StorageInfo | null; readonly untilMs: number } | null = null;
+  /** The one origin (scheme, host, port) it may send us to for bytes, as its last answer said. Null: it sends them itself. */
+  directOrigin: string | null = null;
+  /** No reads past the server before this. */
+  directFromMs = -Infinity;
+  readonly #proxy: { readonly proxy?: ProxySettings };
+  /** Where the server sends us for bytes, by origin. */
+  readonly #elsewhere = new Map<string, HttpOrigin>();
 
   constructor(baseUrl: string, timeoutMs: number, proxy: ProxySettings | undefined) {
-    this.http = new HttpOrigin({ baseUrl, timeoutMs, ...(proxy === undefined ? {} : { proxy }) });
+    this.#proxy = proxy === undefined ? {} : { proxy };
+    this.http = new HttpOrigin({ baseUrl, timeoutMs, ...this.#proxy });
     this.timeoutMs = timeoutMs;
+  }
+
+  elsewhere(origin: string): HttpOrigin {
+    let http = this.#elsewhere.get(origin);
+    if (http === undefined) {
+      http = new HttpOrigin({ baseUrl: origin, timeoutMs: this.timeoutMs, ...this.#proxy });
+      this.#elsewhere.set(origin, http);
+    }
+    return http;
+  }
+
+  async close(): Promise<void> {
+    await Promise.all([this.http, ...this.#elsewhere.values()].map((http) => http.close()));
   }
 }
 
@@ -143,9 +170,15 @@ class HttpDomainStorage implements DomainStorage {
     // The commas between ids stay commas: reference servers take the list as it stands.
     const ids = query.ids.map((id) => encodeURIComponent(id)).join(',');
     const text = [ids === '' ? '' : `ids=${ids}`, params.toString()].filter((part) => part !== '').join('&');
+    const path = `${dataPath(query.domainId)}${text === '' ? '' : `?${text}`}`;
+    const items = await this.#itemsToRead(query, path, options);
+    if (items !== null) {
+      for (const item of items) yield* this.#downloadItem(item, options);
+      return;
+    }
     const response = await this.#send('download', {
       method: 'GET',
-      path: `${dataPath(query.domainId)}${text === '' ? '' : `?${text}`}`,
+      path,
       headers: { accept: 'multipart/form-data' },
       ...options,
     });
@@ -193,12 +226,14 @@ class HttpDomainStorage implements DomainStorage {
     range?: { readonly start: number; readonly end?: number },
     options: CallOptions = {},
   ): Promise<{ readonly body: Readable; readonly size: number | null; readonly digest: string | null }> {
-    const response = await this.#send('raw download', {
+    const request: HttpRequest = {
       method: 'GET',
       path: `${dataPath(domainId)}/${encodeURIComponent(id)}?raw=true`,
       headers: range === undefined ? {} : { range: `bytes=${range.start}-${range.end ?? ''}` },
       ...options,
-    });
+    };
+    const direct = await this.#readDirectly(request);
+    const response = direct?.response ?? (await this.#send('raw download', request));
     if (range !== undefined && response.status !== 206) {
       giveUp(response);
       throw new MillraceError(
@@ -208,7 +243,8 @@ class HttpDomainStorage implements DomainStorage {
     }
     const length = response.header('content-length');
     const size = length === null ? null : Number(length);
-    const digest = /^"(sha256:[0-9a-f]{64})"$/.exec(response.header('etag') ?? '')?.[1] ?? null;
+    const etag = direct === null ? response.header('etag') : direct.etag;
+    const digest = /^"(sha256:[0-9a-f]{64})"$/.exec(etag ?? '')?.[1] ?? null;
     const source = pullFrom(bodyOf(response, 'raw download', options.signal));
     const expect =
       digest === null || range !== undefined ? null : size === null ? { digest } : { digest, size };
@@ -309,6 +345,7 @@ class HttpDomainStorage implements DomainStorage {
         uploadId: decode.string(raw['upload_id'], 'upload_id'),
         partSize,
         dataId: decode.optional(decode.string)(raw['data_id'], 'data_id'),
+        parallelParts: response.header('millrace-parallel-parts') === '1',
       };
     });
   }
@@ -389,9 +426,87 @@ class HttpDomainStorage implements DomainStorage {
     return response.status !== 404;
   }
 
+  /** Where the server may send us now. */
+  #directOrigin(): string | null {
+    return this.#clock.monotonic() < this.#server.directFromMs ? null : this.#server.directOrigin;
+  }
+
+  /** What a download gives, if it is better read item by item past the server; null: it is not. */
+  async #itemsToRead(
+    query: DownloadQuery,
+    path: string,
+    options: CallOptions,
+  ): Promise<readonly DataItem[] | null> {
+    if (query.ids.length === 0 || this.#directOrigin() === null) return null;
+    const response = await this.#request({
+      method: 'GET',
+      path,
+      headers: { accept: 'application/json' },
+      ...options,
+    });
+    const items = parseList(await jsonOf(response, 'download'), 'download');
+    const found = new Set(items.map((item) => item.id));
+    // The server knows what is said of an item that is missing.
+    if (!query.ids.every((id) => found.has(id))) return null;
+    return items.some((item) => item.size >= DIRECT_BYTES) ? items : null;
+  }
+
+  async *#downloadItem(item: DataItem, options: CallOptions): AsyncGenerator<DownloadPart> {
+    const { body, digest } = await this.openRaw(item.domain_id, item.id, undefined, options);
+    const { id, name, data_type, domain_id, size } = item;
+    try {
+      yield { id, name, data_type, domain_id, size, digest, body };
+    } finally {
+      await destroyed(body);
+    }
+  }
+
+  /**
+   * Asks the server where to read, and begins to read there: at the origin it announced and nowhere else, and without our token.
+   * Null when that is not offered or did not work; the server then sends the bytes itself.
+   */
+  async #readDirectly(
+    request: HttpRequest,
+  ): Promise<{ readonly response: HttpResponse; readonly etag: string | null } | null> {
+    const { signal } = request;
+    const origin = this.#directOrigin();
+    if (origin === null) return null;
+    const asked = await this.#request({
+      ...request,
+      headers: { ...request.headers, 'millrace-direct': '1' },
+    });
+    const etag = asked.header('etag');
+    if (asked.status !== 307) {
+      if (!isSuccess(asked.status)) throw await failure(asked, 'raw download');
+      return { response: asked, etag };
+    }
+    const location = asked.header('location') ?? '';
+    await asked.discard();
+    const url = URL.canParse(location) ? new URL(location) : null;
+    if (url?.origin !== origin) {
+      throw new MillraceError(
+        'permission_denied',
+        `raw download: the server sends to ${url?.origin ?? 'no URL'} for the bytes, announced was ${origin}`,
+      );
+    }
+    try {
+      const response = await this.#server.elsewhere(origin).request({
+        ...request,
+        path: url.pathname + url.search,
+      });
+      if (isSuccess(response.status)) return { response, etag };
+      await response.discard();
+    } catch {
+      // Of this error nothing may be told: it names the URL, which lets whoever has it read.
+      signal?.throwIfAborted();
+    }
+    this.#server.directFromMs = this.#clock.monotonic() + DIRECT_PAUSE_MS;
+    return null;
+  }
+
   /** A request with our two headers, whatever its answer. */
   async #request(request: HttpRequest): Promise<HttpResponse> {
-    return this.#server.http.request({
+    const response = await this.#server.http.request({
       ...request,
       headers: {
         ...request.headers,
@@ -399,6 +514,8 @@ class HttpDomainStorage implements DomainStorage {
         'posemesh-client-id': this.#clientId,
       },
     });
+    this.#server.directOrigin = response.header('millrace-direct-origin');
+    return response;
   }
 
   /** The same, for calls to which everything but a success is an error. */

@@ -1,25 +1,42 @@
 /** The requestor's side over HTTP: jobs, events, nodes, and storage under the same token. */
 import type { Readable } from 'node:stream';
 import { randomUUID } from 'node:crypto';
-import {
-  ERROR_CODES,
-  MillraceError,
-  sleep,
-  systemClock,
-  type ByteStream,
-  type ErrorCode,
-} from '@millrace/runner';
+import { MillraceError, sleep, systemClock, type ByteStream } from '@millrace/runner';
 import { members, object, string } from '@millrace/runner/decode';
-import type { BusyNode, JobDetail, JobEvent, JobStatus, NodeMode, NodeRecord } from '../records.ts';
+import type {
+  BusyNode,
+  JobDetail,
+  JobEvent,
+  JobStatus,
+  NodeMode,
+  NodeRecord,
+  ScheduleRecord,
+} from '../records.ts';
+import type { JobExplanation, TaskExplanation } from '../explain.ts';
+import type { QueueReport } from '../queue-report.ts';
+import type { Computes } from './computes.ts';
 import type { CallOptions } from './dms.ts';
 import type { DomainStorage } from './domain.ts';
 import { openDomainStorage } from './http-domain.ts';
-import { HttpOrigin, codeOfStatus, previewBody, transportError, type HttpResponse } from './http.ts';
-import type { JobSubmission, JobsPage, Requestor, RequestorOptions } from './requestor.ts';
+import { computesOver } from './http-computes.ts';
+import { HttpOrigin, dispatcherError, transportError, type HttpResponse } from './http.ts';
+import type {
+  JobSubmission,
+  JobsPage,
+  ListedSchedule,
+  Requestor,
+  RequestorOptions,
+  ScheduleDraft,
+  SubmitOptions,
+  TaskLogPage,
+} from './requestor.ts';
 import { uploadStream, type UploadOptions } from './upload.ts';
 
 /** A job of 10,000 tasks is about 10 MiB. */
 const MAX_ANSWER_BYTES = 256 * 1024 * 1024;
+
+/** What a page of a log may have, and a little. */
+const MAX_LOG_PAGE_BYTES = 2 * 1024 * 1024;
 
 /** The server sends a comment every 15 s; a stream silent for longer is dead. */
 const STREAM_SILENCE_MS = 45_000;
@@ -52,13 +69,16 @@ interface Call {
 
 class HttpRequestor implements Requestor, AsyncDisposable {
   readonly storage: DomainStorage;
+  readonly computes: Computes;
   readonly #origin: HttpOrigin;
   readonly #token: string;
+  readonly #timeoutMs: number;
   readonly #ownStorage: DomainStorage & AsyncDisposable;
 
   constructor(options: RequestorOptions) {
     const timeoutMs = options.timeoutMs ?? 30_000;
     this.#token = options.token;
+    this.#timeoutMs = timeoutMs;
     this.#origin = new HttpOrigin({ baseUrl: options.url, timeoutMs, userAgent: 'millrace' });
     this.#ownStorage = openDomainStorage({
       baseUrl: options.url,
@@ -67,19 +87,24 @@ class HttpRequestor implements Requestor, AsyncDisposable {
       timeoutMs,
     });
     this.storage = this.#ownStorage;
+    this.computes = computesOver(this.#origin, '/v1', {
+      get: () => Promise.resolve(options.token),
+      // It is the only one there is.
+      invalidate: () => undefined,
+    });
   }
 
-  async submit(
-    job: JobSubmission,
-    options: CallOptions & { readonly idempotencyKey?: string } = {},
-  ): Promise<string> {
-    const { idempotencyKey } = options;
+  async submit(job: JobSubmission, options: SubmitOptions = {}): Promise<string> {
+    const { idempotencyKey, traceparent } = options;
     const answer = await this.#json(
       {
         method: 'POST',
         path: '/v1/jobs',
         json: job,
-        headers: idempotencyKey === undefined ? {} : { 'idempotency-key': idempotencyKey },
+        headers: {
+          ...(idempotencyKey !== undefined && { 'idempotency-key': idempotencyKey }),
+          ...(traceparent !== undefined && { traceparent }),
+        },
       },
       options,
     );
@@ -112,6 +137,35 @@ class HttpRequestor implements Requestor, AsyncDisposable {
 
   async delete(id: string, options: CallOptions = {}): Promise<void> {
     await this.#json({ method: 'DELETE', path: jobPath(id) }, options);
+  }
+
+  async redrive(
+    id: string,
+    options: CallOptions & { readonly idempotencyKey?: string } = {},
+  ): ReturnType<Requestor['redrive']> {
+    const { idempotencyKey } = options;
+    const answer = await this.#json(
+      {
+        method: 'POST',
+        path: `${jobPath(id)}/redrive`,
+        ...(idempotencyKey !== undefined && { headers: { 'idempotency-key': idempotencyKey } }),
+      },
+      options,
+    );
+    return answer as Awaited<ReturnType<Requestor['redrive']>>;
+  }
+
+  async deadTasks(
+    query: NonNullable<Parameters<Requestor['deadTasks']>[0]> = {},
+    options: CallOptions = {},
+  ): ReturnType<Requestor['deadTasks']> {
+    const search = new URLSearchParams();
+    const { domainId: domain_id, jobId: job_id, capability, limit, cursor } = query;
+    for (const [name, value] of Object.entries({ domain_id, job_id, capability, limit, cursor })) {
+      if (value !== undefined) search.set(name, String(value));
+    }
+    const answer = await this.#json({ method: 'GET', path: `/v1/dead-tasks?${search.toString()}` }, options);
+    return answer as Awaited<ReturnType<Requestor['deadTasks']>>;
   }
 
   async *events(
@@ -185,9 +239,91 @@ class HttpRequestor implements Requestor, AsyncDisposable {
     }
   }
 
+  async taskLog(
+    taskId: string,
+    query: NonNullable<Parameters<Requestor['taskLog']>[1]> = {},
+    options: CallOptions = {},
+  ): Promise<TaskLogPage> {
+    const { attempt, offset, limit, waitSecs = 0 } = query;
+    const search = new URLSearchParams();
+    for (const [name, value] of Object.entries({ attempt, offset, limit })) {
+      if (value !== undefined) search.set(name, String(value));
+    }
+    const response = await this.#send(
+      {
+        method: 'GET',
+        path: `${taskPath(taskId)}/logs?${search.toString()}`,
+        ...(waitSecs > 0 && { headers: { prefer: `wait=${waitSecs}` } }),
+        timeoutMs: this.#timeoutMs + waitSecs * 1000,
+      },
+      options,
+    );
+    const bytes = await response.bytes(MAX_LOG_PAGE_BYTES);
+    const number = (name: string): number => {
+      const value = Number(response.header(name) ?? Number.NaN);
+      if (Number.isSafeInteger(value)) return value;
+      throw new MillraceError('data_loss', `the log of task ${taskId} came without the header ${name}`);
+    };
+    return {
+      jobId: response.header('millrace-job-id') ?? '',
+      attempt: number('millrace-log-attempt'),
+      attempts: number('millrace-log-attempts'),
+      offset: number('millrace-log-offset'),
+      nextOffset: number('millrace-log-next-offset'),
+      bytes,
+      size: number('millrace-log-size'),
+      ended: response.header('millrace-log-ended') === 'true',
+      taskEnded: response.header('millrace-task-ended') === 'true',
+    };
+  }
+
+  async jobLogs(jobId: string, options: CallOptions = {}): ReturnType<Requestor['jobLogs']> {
+    const answer = await this.#json({ method: 'GET', path: `${jobPath(jobId)}/logs` }, options);
+    return (answer as { items: Awaited<ReturnType<Requestor['jobLogs']>> }).items;
+  }
+
+  async explainTask(taskId: string, options: CallOptions = {}): Promise<TaskExplanation> {
+    const answer = await this.#json({ method: 'GET', path: `${taskPath(taskId)}/explain` }, options);
+    return answer as TaskExplanation;
+  }
+
+  async explainJob(jobId: string, options: CallOptions = {}): Promise<JobExplanation> {
+    const answer = await this.#json({ method: 'GET', path: `${jobPath(jobId)}/explain` }, options);
+    return answer as JobExplanation;
+  }
+
+  async addSchedule(schedule: ScheduleDraft, options: CallOptions = {}): Promise<ScheduleRecord> {
+    const answer = await this.#json({ method: 'POST', path: '/v1/schedules', json: schedule }, options);
+    return answer as ScheduleRecord;
+  }
+
+  async schedules(options: CallOptions = {}): Promise<readonly ListedSchedule[]> {
+    const answer = await this.#json({ method: 'GET', path: '/v1/schedules' }, options);
+    return (answer as { items: ListedSchedule[] }).items;
+  }
+
+  async schedule(
+    name: string,
+    options: CallOptions & { readonly domainId?: string } = {},
+  ): Promise<ScheduleRecord> {
+    const path = schedulePath(name, options.domainId);
+    return (await this.#json({ method: 'GET', path }, options)) as ScheduleRecord;
+  }
+
+  async removeSchedule(
+    name: string,
+    options: CallOptions & { readonly domainId?: string } = {},
+  ): Promise<void> {
+    await this.#json({ method: 'DELETE', path: schedulePath(name, options.domainId) }, options);
+  }
+
   async nodes(options: CallOptions = {}): Promise<readonly NodeRecord[]> {
     const answer = await this.#json({ method: 'GET', path: '/v1/nodes' }, options);
     return (answer as { nodes: NodeRecord[] }).nodes;
+  }
+
+  async queues(options: CallOptions = {}): Promise<QueueReport> {
+    return (await this.#json({ method: 'GET', path: '/v1/queues' }, options)) as QueueReport;
   }
 
   async busyNodes(options: CallOptions = {}): Promise<readonly BusyNode[]> {
@@ -265,7 +401,7 @@ class HttpRequestor implements Requestor, AsyncDisposable {
       ...(call.timeoutMs === undefined ? {} : { timeoutMs: call.timeoutMs }),
       ...(signal === undefined ? {} : { signal }),
     });
-    if (response.status < 200 || response.status > 299) throw await answerError(call, response);
+    if (response.status < 200 || response.status > 299) throw await dispatcherError(call, response);
     return response;
   }
 }
@@ -274,33 +410,17 @@ function jobPath(id: string): string {
   return `/v1/jobs/${encodeURIComponent(id)}`;
 }
 
+function schedulePath(name: string, domainId: string | undefined): string {
+  const path = `/v1/schedules/${encodeURIComponent(name)}`;
+  return domainId === undefined ? path : `${path}?domain_id=${encodeURIComponent(domainId)}`;
+}
+
+function taskPath(id: string): string {
+  return `/v1/tasks/${encodeURIComponent(id)}`;
+}
+
 function isTerminal(event: JobEvent): boolean {
   return event.kind === 'job.completed' || event.kind === 'job.failed' || event.kind === 'job.canceled';
-}
-
-/** The dispatcher's own sentence where it gave one. */
-async function answerError(call: Call, response: HttpResponse): Promise<MillraceError> {
-  const { status } = response;
-  const body = await response.text(64 * 1024).catch(() => '');
-  const own = ownError(body);
-  const code = own?.code ?? codeOfStatus(status);
-  return new MillraceError(
-    code,
-    own?.message ?? `${call.method} ${call.path}: status ${status}; body: ${previewBody(body)}`,
-    { retryable: code === 'unavailable' || status === 429, details: { status } },
-  );
-}
-
-function ownError(body: string): { readonly code: ErrorCode; readonly message: string } | null {
-  try {
-    const { error } = JSON.parse(body) as { error?: { code?: unknown; message?: unknown } };
-    if (typeof error?.code !== 'string' || typeof error.message !== 'string') return null;
-    return Object.hasOwn(ERROR_CODES, error.code)
-      ? { code: error.code as ErrorCode, message: error.message }
-      : null;
-  } catch {
-    return null;
-  }
 }
 
 /** How long a server may take to end a stream after its last event, before the connection is given up. */

@@ -7,7 +7,7 @@
  */
 import { STATUS_CODES } from 'node:http';
 import type { Readable } from 'node:stream';
-import { MillraceError, type ErrorCode } from '@millrace/runner';
+import { ERROR_CODES, MillraceError, type ErrorCode } from '@millrace/runner';
 import { Pool, ProxyAgent, errors as undiciErrors, type Dispatcher } from 'undici';
 import { proxyFor, type ProxySettings } from './proxy.ts';
 
@@ -42,6 +42,8 @@ export interface HttpResponse {
   /** Must be consumed, or `discard()` called, or the connection is lost to the pool. */
   readonly body: Readable;
   header(name: string): string | null;
+  /** The whole body. `resource_exhausted` past `maxBytes` (default 2 MiB). */
+  bytes(maxBytes?: number): Promise<Uint8Array>;
   /** The whole body as text. `resource_exhausted` past `maxBytes` (default 2 MiB). */
   text(maxBytes?: number): Promise<string>;
   /** The whole body as JSON. `data_loss` (retryable) when it is not JSON. */
@@ -149,6 +151,10 @@ class UndiciResponse implements HttpResponse {
   }
 
   async text(maxBytes = DEFAULT_BODY_BYTES): Promise<string> {
+    return (await this.bytes(maxBytes)).toString('utf8');
+  }
+
+  async bytes(maxBytes = DEFAULT_BODY_BYTES): Promise<Buffer> {
     const chunks: Buffer[] = [];
     let size = 0;
     try {
@@ -169,7 +175,7 @@ class UndiciResponse implements HttpResponse {
     } catch (error) {
       throw MillraceError.is(error) ? error : transportError(error, this.#what, this.#signal);
     }
-    return Buffer.concat(chunks).toString('utf8');
+    return Buffer.concat(chunks);
   }
 
   async json(maxBytes = DEFAULT_BODY_BYTES): Promise<unknown> {
@@ -234,6 +240,34 @@ export async function statusError(
       ...(retryAfter === null ? {} : { retry_after_ms: retryAfter }),
     },
   });
+}
+
+/** The error for an answer of our own dispatcher that is no success: its own code and sentence where it gave them. */
+export async function dispatcherError(
+  call: Pick<HttpRequest, 'method' | 'path'>,
+  response: HttpResponse,
+): Promise<MillraceError> {
+  const { status } = response;
+  const body = await response.text(64 * 1024).catch(() => '');
+  const own = ownError(body);
+  const code = own?.code ?? codeOfStatus(status);
+  return new MillraceError(
+    code,
+    own?.message ?? `${call.method} ${call.path}: status ${status}; body: ${previewBody(body)}`,
+    { retryable: code === 'unavailable' || status === 429, details: { status } },
+  );
+}
+
+function ownError(body: string): { readonly code: ErrorCode; readonly message: string } | null {
+  try {
+    const { error } = JSON.parse(body) as { error?: { code?: unknown; message?: unknown } };
+    if (typeof error?.code !== 'string' || typeof error.message !== 'string') return null;
+    return Object.hasOwn(ERROR_CODES, error.code)
+      ? { code: error.code as ErrorCode, message: error.message }
+      : null;
+  } catch {
+    return null;
+  }
 }
 
 /** The service's clock when it answered, to the second; null when it does not tell. */

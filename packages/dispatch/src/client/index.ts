@@ -9,6 +9,8 @@ export type {
   LeaseHandle,
   LeaseQuery,
   LeaseResult,
+  LogAnswer,
+  LogPiece,
   ReceivedLease,
   ServerTime,
   TokenSource,
@@ -24,7 +26,26 @@ export type {
   UploadSession,
   UploadTarget,
 } from './domain.ts';
-export type { JobSubmission, JobsPage, Requestor, RequestorOptions, TaskDraft } from './requestor.ts';
+export type { AbleNodes, CapabilityEntry, QueueEntry, QueueReport, WaitingWork } from '../queue-report.ts';
+export type {
+  EndedAttempt,
+  JobExplanation,
+  Reason,
+  ReasonCode,
+  ReasonGroup,
+  TaskExplanation,
+} from '../explain.ts';
+export type {
+  JobSubmission,
+  JobsPage,
+  ListedSchedule,
+  ScheduleDraft,
+  Requestor,
+  RequestorOptions,
+  SubmitOptions,
+  TaskDraft,
+  TaskLogPage,
+} from './requestor.ts';
 export { retrying } from './retrying.ts';
 export type { UploadOptions } from './upload.ts';
 export { HttpDms, openHttpDms } from './http-dms.ts';
@@ -42,6 +63,8 @@ export {
   walletAddress,
 } from '../siwe.ts';
 export type { SiweMessage } from '../siwe.ts';
+export { openComputes } from './http-computes.ts';
+export type { ComputeName, ComputeStat, Computes, ComputesOptions, ComputesPage } from './computes.ts';
 export { openDomainPool, openDomainStorage, singleUploadBytes } from './http-domain.ts';
 export type { DomainPool } from './http-domain.ts';
 export { readableFrom, untilAborted } from '../pull-stream.ts';
@@ -52,6 +75,7 @@ export type { HttpOriginOptions, HttpRequest, HttpResponse } from './http.ts';
 export type { ProxySettings } from './proxy.ts';
 export type {
   BusyNode,
+  ComputeRecord,
   JobDetail,
   JobEvent,
   JobRecord,

@@ -8,8 +8,14 @@ import type {
   JobStatus,
   NodeMode,
   NodeRecord,
+  ScheduleRecord,
+  TaskRecord,
   TasksSummary,
+  CapabilityFilters,
 } from '../records.ts';
+import type { Computes } from './computes.ts';
+import type { JobExplanation, TaskExplanation } from '../explain.ts';
+import type { QueueReport } from '../queue-report.ts';
 import type { CallOptions } from './dms.ts';
 import type { DomainStorage } from './domain.ts';
 import type { UploadOptions } from './upload.ts';
@@ -22,15 +28,19 @@ export interface JobSubmission {
   readonly priority?: number;
   readonly meta?: JsonObject;
   readonly deadline_at?: string;
+  /** RFC 3339: no task is given out before. */
+  readonly not_before?: string;
   readonly tasks: readonly TaskDraft[];
   readonly edges?: readonly { readonly from: string; readonly to: string }[];
+  /** Tasks that declare themselves deterministic may be completed from an earlier result. Default false. */
+  readonly cache?: boolean;
 }
 
 export interface TaskDraft {
   readonly label?: string;
   readonly stage?: string;
   readonly capability: string;
-  readonly capability_filters?: Readonly<Record<string, string>>;
+  readonly capability_filters?: CapabilityFilters;
   readonly priority?: number;
   readonly inputs_cids?: readonly string[];
   readonly outputs_prefix?: string;
@@ -38,15 +48,63 @@ export interface TaskDraft {
   readonly meta?: unknown;
   readonly max_attempts?: number;
   readonly deadline_at?: string;
+  /** RFC 3339: not given out before, nor before the job's. */
+  readonly not_before?: string;
 }
+
+export interface ScheduleDraft {
+  /** 1 to 128 letters, digits, dots, underscores and hyphens; unique in the job's domain. */
+  readonly name: string;
+  /** Minute, hour, day of month, month, day of week. */
+  readonly cron: string;
+  /** Of the IANA database. Default UTC. */
+  readonly time_zone?: string;
+  /** Whether the last of the ticks that nobody was there for is made up for. Default `skip`. */
+  readonly catch_up?: ScheduleRecord['catch_up'];
+  /** Whether a tick submits its job while the job before has not ended. Default `allow`. */
+  readonly overlap?: ScheduleRecord['overlap'];
+  /** One of the same name goes. Default false. */
+  readonly replace?: boolean;
+  /** Without `deadline_at` and `not_before`. Its `meta` gets `schedule`: name and tick. */
+  readonly job: JobSubmission;
+}
+
+export type ListedSchedule = Omit<ScheduleRecord, 'job'> & {
+  /** The job's. */
+  readonly label: string;
+  readonly tasks: number;
+};
 
 export interface JobsPage {
   readonly items: readonly { readonly job: JobRecord; readonly tasks_summary: TasksSummary }[];
   readonly next_cursor: string | null;
 }
 
+export interface TaskLogPage {
+  readonly jobId: string;
+  readonly attempt: number;
+  /** Attempts begun so far. */
+  readonly attempts: number;
+  /** Of the first byte of `bytes`. */
+  readonly offset: number;
+  readonly nextOffset: number;
+  readonly bytes: Uint8Array;
+  /** Bytes the log has now. */
+  readonly size: number;
+  /** Nothing will be added to it. */
+  readonly ended: boolean;
+  /** There will be no attempt after {@link attempts}. */
+  readonly taskEnded: boolean;
+}
+
+export interface SubmitOptions extends CallOptions {
+  readonly idempotencyKey?: string;
+  /** W3C `traceparent`: the trace that the job becomes a part of. Default: the dispatcher begins one if it traces. */
+  readonly traceparent?: string;
+}
+
 export interface Requestor {
-  submit(job: JobSubmission, options?: CallOptions & { readonly idempotencyKey?: string }): Promise<string>;
+  submit(job: JobSubmission, options?: SubmitOptions): Promise<string>;
   jobs(
     query?: {
       readonly domainId?: string;
@@ -64,6 +122,33 @@ export interface Requestor {
   ): Promise<{ readonly id: string; readonly status: JobStatus; readonly updated_at: string }>;
   delete(id: string, options?: CallOptions): Promise<void>;
   /**
+   * Submits a new job of the tasks that a failed or canceled job left undone; what completed stays done. The same job again gives
+   * the same answer with `created: false`, unless `idempotencyKey` is one that was not used for it before.
+   *
+   * @throws MillraceError `failed_precondition` when the job has not ended or completed
+   */
+  redrive(
+    id: string,
+    options?: CallOptions & { readonly idempotencyKey?: string },
+  ): Promise<{
+    readonly job_id: string;
+    readonly redrive_of: string;
+    readonly tasks: number;
+    readonly created: boolean;
+  }>;
+  /** Tasks that failed for good, those of the newest job first. */
+  deadTasks(
+    query?: {
+      readonly domainId?: string;
+      readonly jobId?: string;
+      readonly capability?: string;
+      /** 1 to 100. Default 50. */
+      readonly limit?: number;
+      readonly cursor?: string;
+    },
+    options?: CallOptions,
+  ): Promise<{ readonly items: readonly TaskRecord[]; readonly next_cursor: string | null }>;
+  /**
    * Every event of a job after `after` (default 0), past ones first, then live ones, ending with the job's terminal
    * event. Reconnects by sequence number when the connection breaks, so there is no gap and no repeat. With
    * `follow: false` it ends after the events there are now.
@@ -72,7 +157,43 @@ export interface Requestor {
     id: string,
     options?: CallOptions & { readonly after?: number; readonly follow?: boolean },
   ): AsyncIterable<JobEvent>;
+  /**
+   * A page of what one attempt of a task said: whole lines of NDJSON, UTF-8. With `waitSecs` it waits for the first line after
+   * `offset`, or the end of the log, at most as long as the dispatcher lets wait. `attempt` counts from 1; default: the
+   * newest. Asking for the one after the newest waits for that to begin. `offset`: default 0; below 0 from the end, then
+   * beginning with a whole line.
+   */
+  taskLog(
+    taskId: string,
+    query?: {
+      readonly attempt?: number;
+      readonly offset?: number;
+      /** Bytes at most. Default 256 KiB, at most 1 MiB. */
+      readonly limit?: number;
+      readonly waitSecs?: number;
+    },
+    options?: CallOptions,
+  ): Promise<TaskLogPage>;
+  /** The attempts of a job's tasks that have a log. */
+  jobLogs(
+    jobId: string,
+    options?: CallOptions,
+  ): Promise<readonly { readonly task_id: string; readonly attempt: number; readonly size: number }[]>;
+  /** Why a task stands where it does. */
+  explainTask(taskId: string, options?: CallOptions): Promise<TaskExplanation>;
+  /** Why the tasks of a job stand where they do, by what they have in common. */
+  explainJob(jobId: string, options?: CallOptions): Promise<JobExplanation>;
+  /** Submits a job at set times from now on. @throws MillraceError `invalid_argument`, `already_exists` without `replace` */
+  addSchedule(schedule: ScheduleDraft, options?: CallOptions): Promise<ScheduleRecord>;
+  /** By domain and name. */
+  schedules(options?: CallOptions): Promise<readonly ListedSchedule[]>;
+  /** `domainId`: default the token's, else the dispatcher's. @throws MillraceError `not_found` */
+  schedule(name: string, options?: CallOptions & { readonly domainId?: string }): Promise<ScheduleRecord>;
+  /** Jobs it has submitted go on. @throws MillraceError `not_found` */
+  removeSchedule(name: string, options?: CallOptions & { readonly domainId?: string }): Promise<void>;
   nodes(options?: CallOptions): Promise<readonly NodeRecord[]>;
+  /** How much work waits, by what it demands of a node, and who could do it. */
+  queues(options?: CallOptions): Promise<QueueReport>;
   busyNodes(options?: CallOptions): Promise<readonly BusyNode[]>;
   /** Makes credentials for a node. `registrationCredentials` is the value for `REG_SECRET`. */
   addNode(
@@ -97,6 +218,8 @@ export interface Requestor {
   ): Promise<string>;
   /** Storage as this requestor, for inputs and artifacts. */
   readonly storage: DomainStorage;
+  /** Code by digest, for tasks that name it. */
+  readonly computes: Computes;
   close(): Promise<void>;
 }
 

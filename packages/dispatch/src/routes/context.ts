@@ -3,7 +3,7 @@
  * `register…Routes(app, context)`, each in its own fastify scope, so content type parsers added in one do not reach
  * another. They throw MillraceErrors; the server's error handler answers them (`errors-http.ts`).
  */
-import { MillraceError, type Clock, type Logger, type Random } from '@millrace/runner';
+import { MillraceError, type Clock, type Logger, type Random, type Tracer } from '@millrace/runner';
 import { uuid } from '@millrace/runner/decode';
 import type { FastifyReply, FastifyRequest } from 'fastify';
 import type { Auth } from '../auth.ts';
@@ -24,6 +24,7 @@ export interface ServerContext {
   readonly auth: Auth;
   readonly tokens: Tokens;
   readonly metrics: Metrics;
+  readonly tracer: Tracer;
   /** What the store's changes wake: long polls, watches, event streams. */
   readonly signals: Signals;
   /** The domain of jobs that name none. */
@@ -47,6 +48,34 @@ export const requireUuid: (value: unknown, what: string) => string = uuid;
 export function headerOf(request: FastifyRequest, name: string): string | null {
   const value = request.headers[name];
   return Array.isArray(value) ? (value[0] ?? null) : (value ?? null);
+}
+
+/**
+ * A whole number from a query; null when absent.
+ *
+ * @throws MillraceError `invalid_argument` naming the bounds
+ */
+export function boundedInteger(
+  value: string | undefined,
+  name: string,
+  least: number,
+  most: number,
+): number | null {
+  if (value === undefined) return null;
+  const number = /^\d{1,16}$/.test(value) ? Number(value) : Number.NaN;
+  if (!(number >= least && number <= most)) {
+    throw new MillraceError(
+      'invalid_argument',
+      `${name} must be an integer from ${least} to ${most}, got ${JSON.stringify(value)}`,
+    );
+  }
+  return number;
+}
+
+/** `Prefer: wait=N` in seconds, cut to what the server offers; null when not asked for. RFC 7240. */
+export function preferredWait(request: FastifyRequest, longest: number): number | null {
+  const match = /(?:^|[,;\s])wait="?(\d{1,9})"?(?:$|[,;\s])/i.exec(headerOf(request, 'prefer') ?? '');
+  return match === null ? null : Math.min(Number(match[1]), longest);
 }
 
 /** The reason of {@link ServerContext.closing}. */

@@ -40,7 +40,7 @@ interface RegisterBody {
   readonly labels?: Readonly<Record<string, string>> | null;
 }
 interface VerifyBody {
-  readonly address?: string;
+  readonly address?: string | null;
   readonly message: string;
   readonly signature: string;
 }
@@ -88,7 +88,7 @@ const SCHEMAS = {
   verify: {
     type: 'object',
     required: ['message', 'signature'],
-    properties: { ...SIGNED, address: { type: 'string' } },
+    properties: { ...SIGNED, address: { type: ['string', 'null'] } },
   },
 };
 
@@ -174,7 +174,7 @@ export function registerDdsRoutes(app: FastifyInstance, context: ServerContext):
       const { body } = request;
       const message = parseSiweMessage(body.message);
       await consumeNonce(message);
-      if (body.address !== undefined && body.address.toLowerCase() !== message.address) {
+      if (body.address != null && body.address.toLowerCase() !== message.address) {
         throw new MillraceError('permission_denied', 'wallet does not match node');
       }
       const node = await store.findNodeByWallet(message.address);
@@ -200,7 +200,10 @@ export function registerDdsRoutes(app: FastifyInstance, context: ServerContext):
     },
   );
 
-  /** The nonce was issued here, for this wallet, and says what the message says. */
+  /**
+   * The nonce was issued here, for this wallet, and says what the message says. `Issued At` is not compared: clients may write
+   * the time in their own way, and how old a nonce is is known here.
+   */
   async function consumeNonce(message: SiweMessage): Promise<void> {
     const issued = await store.takeNonce(message.nonce);
     const now = clock.now();
@@ -211,7 +214,6 @@ export function registerDdsRoutes(app: FastifyInstance, context: ServerContext):
       issued.domain !== message.domain ||
       issued.uri !== message.uri ||
       issued.chainId !== message.chainId ||
-      issued.issuedAt !== message.issuedAt ||
       message.version !== '1' ||
       (message.expirationTime !== null && Date.parse(message.expirationTime) <= now) ||
       (message.notBefore !== null && Date.parse(message.notBefore) > now)

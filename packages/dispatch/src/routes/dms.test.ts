@@ -566,6 +566,8 @@ describe('batches', () => {
       batch_items: 8,
       lease_ids: true,
       start_on_lease: true,
+      ending_usage: true,
+      task_logs: 16 * 1024 * 1024,
       registration_interval_secs: null,
     });
   });

@@ -18,11 +18,12 @@ import type {
   HeartbeatItem,
   LeaseAnswer,
   LeaseRequest,
+  LogAppend,
   Outcome,
   ReleaseItem,
 } from '../store.ts';
 import type { IssuedToken, NodeClaims } from '../tokens.ts';
-import { headerOf, requestSignal, requireUuid, type ServerContext } from './context.ts';
+import { headerOf, preferredWait, requestSignal, requireUuid, type ServerContext } from './context.ts';
 
 /** Shortest life of a domain token; what the real service was seen to give. Longer where a lease is longer. */
 const DOMAIN_TOKEN_SECS = 180;
@@ -42,6 +43,11 @@ interface BatchItem {
 interface HeartbeatBody {
   readonly progress?: Json;
   readonly events?: readonly Json[];
+  readonly logged?: boolean;
+}
+interface LogsBody {
+  readonly offset: number;
+  readonly lines: string;
 }
 interface CompleteBody {
   readonly output_cids?: readonly string[];
@@ -53,6 +59,7 @@ interface FailBody {
 }
 interface ReleaseBody {
   readonly reason: ReleaseItem['reason'];
+  readonly details?: Json;
 }
 interface LeaseBody {
   readonly max: number;
@@ -85,6 +92,8 @@ export function registerDmsRoutes(app: FastifyInstance, context: ServerContext):
     batch_items: limits.batchItems,
     lease_ids: true,
     start_on_lease: true,
+    task_logs: limits.taskLogBytes,
+    ending_usage: true,
     registration_interval_secs: null,
   }));
 
@@ -140,7 +149,9 @@ export function registerDmsRoutes(app: FastifyInstance, context: ServerContext):
       const [outcome] = await store.heartbeat([
         { ...leaseOfRequest(request, claims), ...checkedHeartbeat(request, request.body) },
       ]);
-      return desk.heartbeatReply(valueOf(outcome), claims, true);
+      const answer = valueOf(outcome);
+      metrics.heartbeats(1);
+      return desk.heartbeatReply(answer, claims, true);
     },
   );
 
@@ -153,11 +164,42 @@ export function registerDmsRoutes(app: FastifyInstance, context: ServerContext):
       const outcomes = await store.heartbeat(
         items.map((item): HeartbeatItem => {
           const { taskId, nodeId, leaseId } = leaseOfItem(item, claims);
-          const { progress, events } = checkedHeartbeat(request, item);
-          return { taskId, nodeId, leaseId, progress, events };
+          const { progress, events, logged } = checkedHeartbeat(request, item);
+          return { taskId, nodeId, leaseId, progress, events, logged };
         }),
       );
+      metrics.heartbeats(outcomes.filter((outcome) => outcome.ok).length);
       return results(items, outcomes, (answer) => desk.heartbeatReply(answer, claims, tokens));
+    },
+  );
+
+  app.post<{ Body: Batch<LogsBody> }>(
+    '/v1/tasks/logs',
+    { schema: { body: schemas.logs } },
+    async (request) => {
+      const claims = await auth.node(request);
+      const { items } = request.body;
+      const outcomes = await store.appendLogs(
+        items.map((item): LogAppend => ({
+          ...leaseOfItem(item, claims),
+          offset: item.offset,
+          bytes: Buffer.from(item.lines),
+        })),
+        limits.taskLogBytes,
+      );
+      return {
+        results: outcomes.map((outcome, index) => {
+          const task_id = items[index]!.task_id.toLowerCase();
+          if (outcome.ok) return { task_id, status: 200, body: { next_offset: outcome.value.nextOffset } };
+          const { error } = outcome;
+          const wanted = error.details['next_offset'];
+          return {
+            task_id,
+            status: statusOf(error),
+            error: { ...errorBody(error), ...(typeof wanted === 'number' && { next_offset: wanted }) },
+          };
+        }),
+      };
     },
   );
 
@@ -206,8 +248,8 @@ export function registerDmsRoutes(app: FastifyInstance, context: ServerContext):
     { schema: { body: schemas.release } },
     async (request) => {
       const claims = await auth.node(request);
-      const { reason } = request.body;
-      const [outcome] = await store.release([{ ...leaseOfRequest(request, claims), reason }]);
+      const { reason, details = null } = request.body;
+      const [outcome] = await store.release([{ ...leaseOfRequest(request, claims), reason, details }]);
       return desk.ending(
         request.params.id,
         valueOf(outcome),
@@ -223,7 +265,11 @@ export function registerDmsRoutes(app: FastifyInstance, context: ServerContext):
       const claims = await auth.node(request);
       const { items } = request.body;
       const outcomes = await store.release(
-        items.map((item): ReleaseItem => ({ ...leaseOfItem(item, claims), reason: item.reason })),
+        items.map((item): ReleaseItem => ({
+          ...leaseOfItem(item, claims),
+          reason: item.reason,
+          details: item.details ?? null,
+        })),
       );
       return results(items, outcomes, (ended, item) =>
         desk.ending(item.task_id, ended, item.reason === 'canceled' ? 'canceled' : 'released'),
@@ -246,8 +292,8 @@ export function registerDmsRoutes(app: FastifyInstance, context: ServerContext):
   function checkedHeartbeat(
     request: FastifyRequest,
     body: HeartbeatBody,
-  ): Pick<HeartbeatItem, 'progress' | 'events'> {
-    const { progress = null, events = [] } = body;
+  ): { readonly progress: Json; readonly events: readonly Json[]; readonly logged: boolean } {
+    const { progress = null, events = [], logged = false } = body;
     if (events.length > limits.eventsPerHeartbeat) {
       throw tooLarge('eventsPerHeartbeat', limits.eventsPerHeartbeat, `${events.length} events`);
     }
@@ -261,7 +307,7 @@ export function registerDmsRoutes(app: FastifyInstance, context: ServerContext):
         }
       }
     }
-    return { progress, events };
+    return { progress, events, logged };
   }
 }
 
@@ -330,6 +376,7 @@ class LeaseDesk {
       status: lease.task.status,
       domain_id: lease.domainId,
       domain_server_url: this.#context.publicUrl(),
+      ...(lease.traceparent != null && { traceparent: lease.traceparent }),
       task: taskSpec(lease.task, lease.expiresAt),
     };
   }
@@ -520,12 +567,6 @@ function results<T, I extends BatchItem>(
   };
 }
 
-/** `Prefer: wait=N` in seconds, cut to what the server offers; null when not asked for. RFC 7240. */
-function preferredWait(request: FastifyRequest, longest: number): number | null {
-  const match = /(?:^|[,;\s])wait="?(\d{1,9})"?(?:$|[,;\s])/i.exec(headerOf(request, 'prefer') ?? '');
-  return match === null ? null : Math.min(Number(match[1]), longest);
-}
-
 function busy(claims: NodeClaims): MillraceError {
   return new MillraceError(
     'failed_precondition',
@@ -549,13 +590,17 @@ function bodySchemas(batchItems: number) {
     type: 'string',
     pattern: '^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$',
   };
-  const heartbeat = { progress: {}, events: { type: 'array' } };
+  const heartbeat = { progress: {}, events: { type: 'array' }, logged: { type: 'boolean' } };
+  const logs = {
+    offset: { type: 'integer', minimum: 0, maximum: Number.MAX_SAFE_INTEGER },
+    lines: { type: 'string', pattern: '\\n$' },
+  };
   const complete = {
     output_cids: { type: 'array', items: { type: 'string', minLength: 1, maxLength: 2048 } },
     meta: {},
   };
   const fail = { reason: { type: 'string' }, details: {} };
-  const release = { reason: { enum: ['shutdown', 'canceled', 'setup_failed'] } };
+  const release = { reason: { enum: ['shutdown', 'canceled', 'setup_failed'] }, details: {} };
   const one = (properties: object, required: readonly string[] = []): object => ({
     type: 'object',
     properties,
@@ -583,6 +628,7 @@ function bodySchemas(batchItems: number) {
     // The reference always sends a body; a client with nothing to report may not.
     complete: { anyOf: [one(complete), { type: 'null' }] },
     completes: many(complete),
+    logs: many(logs, ['offset', 'lines']),
     fail: one(fail, ['reason']),
     fails: many(fail, ['reason']),
     release: one(release, ['reason']),

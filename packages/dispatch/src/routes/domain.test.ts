@@ -607,6 +607,20 @@ describe('domain storage over HTTP', () => {
     expect((await finish(id, [])).status).toBe(404);
   });
 
+  test('a part that arrives while its upload is aborted leaves nothing', async () => {
+    const { upload_id: id } = (await startUpload({})).json;
+    const dropParts = blobs.dropParts.bind(blobs);
+    let late: Answer | null = null;
+    blobs.dropParts = async (uploadId) => {
+      blobs.dropParts = dropParts;
+      await dropParts(uploadId);
+      late = await part(id, 1, randomBytes(10));
+    };
+    expect((await call('DELETE', `${data}/multipart?uploadId=${id}`)).status).toBe(204);
+    expect(late).toMatchObject({ status: 404 });
+    expect(await readdir(join(dir, 'blobs', 'uploads'))).not.toContain(id);
+  });
+
   test.each([
     ['{', /not valid JSON/],
     ['[]', /body/],
@@ -706,6 +720,7 @@ describe('domain storage over HTTP', () => {
     await writeFile(path, flipped);
     const whole = await call('GET', `${data}/${item.id}?raw=true`);
     expect([whole.status, whole.headers['etag']]).toEqual([500, undefined]);
+    expect(whole.text).toContain(`blob ${item.digest}`);
     await expect(call('GET', `${data}?ids=${item.id}`, accept)).rejects.toThrow();
     for (const damage of [() => truncate(path, 10), () => rm(path)]) {
       await damage();
@@ -748,6 +763,33 @@ describe('domain storage over HTTP', () => {
       code: 'invalid_argument',
     });
   });
+});
+
+test('with another database over them, not one of the blobs is removed', async () => {
+  const dir = await mkdtemp(join(tmpdir(), 'millrace-owner-'));
+  const later = { ...systemClock, now: () => systemClock.now() + 2 * 60 * 60 * 1000 };
+  try {
+    await using blobs = await openFileBlobs({ dir: join(dir, 'blobs') });
+    {
+      await using own = await openSqliteStore({ path: join(dir, 'own.db') });
+      await collectGarbage(own, blobs);
+    }
+    const { digest } = await blobs.put(Readable.from([Buffer.from('named')], { objectMode: false }), {
+      maxBytes: 5,
+    });
+    {
+      await using fresh = await openSqliteStore({ path: join(dir, 'fresh.db') });
+      await expect(collectGarbage(fresh, blobs, { clock: later })).rejects.toMatchObject({
+        code: 'failed_precondition',
+        message: expect.stringContaining('belong to the database') as string,
+      });
+    }
+    expect(await blobs.stat(digest)).not.toBeNull();
+    await using own = await openSqliteStore({ path: join(dir, 'own.db') });
+    expect(await collectGarbage(own, blobs, { clock: later })).toMatchObject({ blobs: 1 });
+  } finally {
+    await rm(dir, { recursive: true, force: true });
+  }
 });
 
 describe('uploads that cannot end well', () => {

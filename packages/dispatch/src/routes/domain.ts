@@ -12,7 +12,7 @@
  */
 import { randomBytes, randomUUID } from 'node:crypto';
 import type { Readable } from 'node:stream';
-import { MillraceError, type ByteStream } from '@millrace/runner';
+import { MillraceError } from '@millrace/runner';
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
 import { z } from 'zod';
 import type { Access, DomainAccess } from '../auth.ts';
@@ -27,16 +27,12 @@ import {
   uploadBoundary,
   type MultipartPart,
 } from '../multipart.ts';
-import { readableFrom, untilAborted } from '../pull-stream.ts';
+import { readableFrom } from '../pull-stream.ts';
 import type { DataRecord } from '../records.ts';
 import type { DataWrite, UploadRecord } from '../store.ts';
 import { headerOf, requireUuid, type ServerContext } from './context.ts';
-
-/** An upload in one request takes at most this long; half of the collector's grace. */
-const REQUEST_MAX_MS = 30 * 60 * 1000;
-
-/** How long a client that was answered early may go on sending before its connection is cut. */
-const LINGER_MS = 5_000;
+import { byteRange, matchesEtag } from './ranges.ts';
+import { answerEarly, contentLength, tooLarge, withBody } from './raw-body.ts';
 
 /** Ids in one download. */
 const MAX_IDS = 1000;
@@ -46,6 +42,9 @@ const MAX_LIST = 100_000;
 
 /** Uploads completed lately, so that a client that lost the answer can ask again. */
 const COMPLETED_UPLOADS = 10_000;
+
+/** A client that is sent to the bucket begins to read there within this. */
+const DIRECT_URL_SECS = 300;
 
 /** A read that finds the bytes gone looks once more for what the record names now. */
 const READ_TRIES = 2;
@@ -72,9 +71,7 @@ export function registerDomainRoutes(app: FastifyInstance, ctx: ServerContext): 
     scope.addContentTypeParser('*', (_request, payload, parsed) => parsed(null, payload));
     const textError = textErrorHandler(ctx.log);
     scope.setErrorHandler((error, request, reply) => {
-      lingerOn(request, reply, ctx);
-      // Set for the item that was to be sent instead.
-      void reply.removeHeader('etag').removeHeader('accept-ranges').removeHeader('content-range');
+      answerEarly(request, reply, ctx);
       if (MillraceError.is(error) && error.code === 'resource_exhausted' && 'errno' in error.details) {
         ctx.log.error('no space for blobs', { request_id: request.id, error: error.message });
         void reply.code(507).type('text/plain; charset=utf-8').send(error.message);
@@ -82,6 +79,13 @@ export function registerDomainRoutes(app: FastifyInstance, ctx: ServerContext): 
       }
       textError(error, request, reply);
     });
+    const { direct } = ctx.blobs;
+    if (direct !== undefined) {
+      // Where a client that asks for it (`millrace-direct: 1`) may be sent for bytes. It goes nowhere else.
+      scope.addHook('onRequest', async (_request, reply) => {
+        void reply.header('millrace-direct-origin', direct.origin);
+      });
+    }
     const data = '/api/v1/domains/:domainId/data';
     scope.get('/api/v1/info', () => routes.info());
     scope.get(data, { exposeHeadRoute: false }, (request, reply) => routes.list(request, reply));
@@ -168,7 +172,7 @@ class DomainRoutes {
     }
     const bounds = { limit: limits.uploadRequestBytes, name: 'uploadRequestBytes', deadline: true };
     const writes: DataWrite[] = [];
-    await this.#withBody(request, reply, bounds, async (body, signal) => {
+    await withBody(this.#ctx, request, reply, bounds, async (body, signal) => {
       for await (const part of readUpload(body, boundary)) {
         const target = uploadTarget(part, request.method === 'PUT');
         // The item's own bound first: more than it must not be stored just because the request may be larger.
@@ -221,7 +225,8 @@ class DomainRoutes {
       lease: access.lease,
     };
     await store.createUpload(upload);
-    return reply.send({
+    // The reference's client sends one part after the other, so ours does that too unless it is told.
+    return reply.header('millrace-parallel-parts', '1').send({
       upload_id: upload.id,
       part_size: upload.partSize,
       data_id: upload.dataId,
@@ -249,7 +254,7 @@ class DomainRoutes {
     if (announced !== null && announced > maxBytes)
       throw tooLarge(`part ${partNumber}`, maxBytes, 'part size');
     const bounds = { limit: maxBytes, name: 'part size', deadline: false };
-    const part = await this.#withBody(request, reply, bounds, async (body, signal) => {
+    const part = await withBody(this.#ctx, request, reply, bounds, async (body, signal) => {
       try {
         return await blobs.putPart(upload.id, partNumber, body, { maxBytes, signal, ...expect });
       } catch (error) {
@@ -305,8 +310,9 @@ class DomainRoutes {
   /** `DELETE …/data/multipart`: forgets an upload and its parts. */
   async abort(request: FastifyRequest, reply: FastifyReply): Promise<FastifyReply> {
     const { upload } = await this.#upload(request);
-    await this.#ctx.blobs.dropParts(upload.id);
+    // In this order: a part that arrives meanwhile is either dropped here, or finds no upload and drops itself.
     await this.#ctx.store.deleteUpload(upload.id);
+    await this.#ctx.blobs.dropParts(upload.id);
     return reply.code(204).send();
   }
 
@@ -405,6 +411,10 @@ class DomainRoutes {
           .type('text/plain; charset=utf-8')
           .send(`range ${headerOf(request, 'range')} is not within the ${record.size} bytes of ${record.id}`);
       }
+      const elsewhere = headerOf(request, 'millrace-direct') === '1' ? await this.#directUrl(record) : null;
+      if (elsewhere !== null) {
+        return reply.code(307).header('cache-control', 'no-store').header('location', elsewhere).send();
+      }
       const body = await this.#openBlob(record, range ?? undefined);
       if (body !== null) {
         if (range === null) return reply.header('content-length', record.size).send(body);
@@ -458,6 +468,14 @@ class DomainRoutes {
       );
   }
 
+  /** Where the client may read the bytes itself; null when it may not, or when they are not there. */
+  async #directUrl(record: DataRecord): Promise<string | null> {
+    const { blobs } = this.#ctx;
+    if (blobs.direct === undefined) return null;
+    const stored = await blobs.stat(record.digest);
+    return stored?.size === record.size ? blobs.direct.url(record.digest, DIRECT_URL_SECS) : null;
+  }
+
   /** Null when the bytes are not there: collected since the record was read, or lost. */
   async #openBlob(
     record: DataRecord,
@@ -478,7 +496,7 @@ class DomainRoutes {
   async #json<T>(request: FastifyRequest, reply: FastifyReply, schema: z.ZodType<T>): Promise<T> {
     const limit = this.#ctx.limits.jsonBodyBytes;
     const bounds = { limit, name: 'jsonBodyBytes', deadline: true };
-    const text = await this.#withBody(request, reply, bounds, async (body) => {
+    const text = await withBody(this.#ctx, request, reply, bounds, async (body) => {
       const chunks: Uint8Array[] = [];
       for await (const chunk of body) chunks.push(chunk);
       return Buffer.concat(chunks).toString('utf8');
@@ -499,55 +517,6 @@ class DomainRoutes {
       `body.${issue?.path.join('.') ?? ''}: ${issue?.message ?? 'invalid'}`,
     );
   }
-
-  /**
-   * Reads a request's body with `use`. The body ends with an error beyond `limit` bytes, when the client goes or the
-   * server closes; with `deadline` also when it takes too long in all. A silent client is `body-watch.ts`'s.
-   */
-  async #withBody<T>(
-    request: FastifyRequest,
-    reply: FastifyReply,
-    bounds: { readonly limit: number; readonly name: string; readonly deadline: boolean },
-    use: (body: ByteStream, signal: AbortSignal) => Promise<T>,
-  ): Promise<T> {
-    const { clock, closing } = this.#ctx;
-    const stop = new AbortController();
-    const onLate = (): void =>
-      stop.abort(
-        new MillraceError(
-          'deadline_exceeded',
-          `the request took longer than ${REQUEST_MAX_MS} ms (REQUEST_MAX_MS)`,
-        ),
-      );
-    const deadline = bounds.deadline ? clock.setTimer(onLate, REQUEST_MAX_MS) : null;
-    const onClosing = (): void =>
-      stop.abort(new MillraceError('unavailable', 'the server is closing; send this again'));
-    const onGone = (): void => stop.abort(new MillraceError('canceled', 'the client closed the connection'));
-    if (closing.aborted) onClosing();
-    else closing.addEventListener('abort', onClosing, { once: true });
-    reply.raw.once('close', onGone);
-    const { signal } = stop;
-    const body = (async function* (): AsyncGenerator<Uint8Array> {
-      let size = 0;
-      // The connection must outlive the body: the answer goes over it, also when the body was refused.
-      const raw = request.raw.iterator({ destroyOnReturn: false }) as AsyncIterable<Uint8Array>;
-      for await (const chunk of untilAborted(raw, signal)) {
-        size += chunk.length;
-        if (size > bounds.limit) throw tooLarge('the request body', bounds.limit, bounds.name);
-        yield chunk;
-      }
-    })();
-    try {
-      return await use(body, signal);
-    } catch (error) {
-      if (signal.aborted) throw signal.reason;
-      throw error;
-    } finally {
-      deadline?.cancel();
-      closing.removeEventListener('abort', onClosing);
-      reply.raw.removeListener('close', onGone);
-    }
-  }
 }
 
 type RawQuery = Readonly<Record<string, string | string[] | undefined>>;
@@ -556,11 +525,6 @@ const LINE_END = Buffer.from('\r\n');
 
 function values(value: string | string[] | undefined): readonly string[] {
   return value === undefined ? [] : Array.isArray(value) ? value : [value];
-}
-
-function contentLength(request: FastifyRequest): number | null {
-  const text = request.headers['content-length'];
-  return text === undefined ? null : Number(text);
 }
 
 async function* chunksOf(part: MultipartPart): AsyncGenerator<Uint8Array> {
@@ -641,56 +605,9 @@ function checkParts(
   return chosen;
 }
 
-/** A single `bytes=` range; null for none and for what may be ignored (several ranges, other units). */
-function byteRange(
-  header: string | null,
-  size: number,
-): { readonly start: number; readonly end: number } | 'unsatisfiable' | null {
-  const match = header === null ? null : /^bytes=(\d*)-(\d*)$/.exec(header.trim());
-  if (match === null || (match[1] === '' && match[2] === '')) return null;
-  if (match[1] === '') {
-    const length = Math.min(Number(match[2]), size);
-    return length === 0 ? 'unsatisfiable' : { start: size - length, end: size - 1 };
-  }
-  const start = Number(match[1]);
-  const end = match[2] === '' ? size - 1 : Math.min(Number(match[2]), size - 1);
-  if (match[2] !== '' && Number(match[2]) < start) return null;
-  return start >= size ? 'unsatisfiable' : { start, end };
-}
-
-function matchesEtag(header: string | null, etag: string): boolean {
-  if (header === null) return false;
-  return header.split(',').some((item) => item.trim() === '*' || item.trim().replace(/^W\//, '') === etag);
-}
-
-function tooLarge(what: string, limit: number, name: string): MillraceError {
-  return new MillraceError('resource_exhausted', `${what} must be at most ${limit} bytes (${name})`, {
-    details: { limit: name, value: limit },
-  });
-}
-
 function bytesMissing(record: DataRecord): MillraceError {
   return new MillraceError(
     'data_loss',
     `the stored bytes of data item ${record.id} (${record.digest}, ${record.size} bytes) are missing or damaged`,
   );
-}
-
-/**
- * After an answer that came before the whole body: the rest is read and dropped, so that the client gets to see the
- * answer instead of a reset; one that goes on and on is cut off. Node does so only for bodies nobody began to read.
- */
-function lingerOn(request: FastifyRequest, reply: FastifyReply, ctx: ServerContext): void {
-  if (request.raw.complete) return;
-  reply.raw.once('finish', () => {
-    request.raw.resume();
-    const cut = ctx.clock.setTimer(
-      () => {
-        if (!request.raw.complete) request.raw.socket.destroy();
-      },
-      LINGER_MS,
-      { unref: true },
-    );
-    request.raw.once('close', () => cut.cancel());
-  });
 }

@@ -1,13 +1,15 @@
 /** The job API for requestors (posemesh DMS, section 2.10 of the protocol), and a job's event stream, which is ours. */
 import { Readable } from 'node:stream';
-import { MillraceError } from '@millrace/runner';
+import { MillraceError, isTraceparent } from '@millrace/runner';
 import type { FastifyInstance, FastifyRequest } from 'fastify';
 import { requireDomain } from '../auth.ts';
 import { parseJobSpec } from '../job-spec.ts';
 import { JOB_STATUSES, type JobDetail, type JobSpec, type JobStatus } from '../records.ts';
+import { redriveSpec } from '../redrive.ts';
 import { eventStream, isTerminalEvent } from '../sse.ts';
 import type { ClientClaims } from '../tokens.ts';
-import { headerOf, requestSignal, requireUuid, type ServerContext } from './context.ts';
+import { requireComputes } from './computes.ts';
+import { boundedInteger, headerOf, requestSignal, requireUuid, type ServerContext } from './context.ts';
 
 const DEFAULT_PAGE = 50;
 const MAX_PAGE = 100;
@@ -26,6 +28,9 @@ interface ListRoute {
     match_all_capabilities?: string;
   };
 }
+interface DeadRoute {
+  Querystring: { domain_id?: string; job_id?: string; capability?: string; limit?: string; cursor?: string };
+}
 interface EventsRoute extends JobRoute {
   Querystring: { after?: string; limit?: string };
 }
@@ -35,20 +40,34 @@ export function registerJobRoutes(app: FastifyInstance, context: ServerContext):
 
   app.post('/v1/jobs', { bodyLimit: limits.jobBodyBytes }, async (request) => {
     const { claims, spec } = await specOf(request);
-    const [outcome] = await store.submit([
-      {
-        spec,
-        organizationId: context.organizationId,
-        idempotencyKey: idempotencyKey(request),
-        submitter: claims.subject,
-      },
-    ]);
-    if (outcome === undefined) {
-      throw new MillraceError('internal', 'the store answered a submission with nothing');
+    await requireComputes(store, spec);
+    const parent = headerOf(request, 'traceparent');
+    const span = context.tracer.startSpan('submit job', {
+      parent: isTraceparent(parent) ? parent : null,
+      kind: 'producer',
+      attributes: { 'millrace.job.label': spec.label, 'millrace.job.tasks': spec.tasks.length },
+    });
+    try {
+      const [outcome] = await store.submit([
+        {
+          spec,
+          organizationId: context.organizationId,
+          idempotencyKey: idempotencyKey(request),
+          submitter: claims.subject,
+          traceparent: span.traceparent,
+        },
+      ]);
+      if (outcome === undefined) {
+        throw new MillraceError('internal', 'the store answered a submission with nothing');
+      }
+      if (!outcome.ok) throw outcome.error;
+      span.end({ attributes: { 'millrace.job.id': outcome.value.jobId } });
+      await afterOthers();
+      return { job_id: outcome.value.jobId };
+    } catch (error) {
+      span.end({ error: MillraceError.from(error).message });
+      throw error;
     }
-    if (!outcome.ok) throw outcome.error;
-    await afterOthers();
-    return { job_id: outcome.value.jobId };
   });
 
   // Nothing is billed here; a client that asks before it submits is told so in the form it knows.
@@ -101,6 +120,50 @@ export function registerJobRoutes(app: FastifyInstance, context: ServerContext):
     const id = await authorize(request, claims);
     if (!(await store.deleteJob(id))) throw unknownJob(id);
     return reply.code(204).send();
+  });
+
+  app.post<JobRoute>('/v1/jobs/:id/redrive', async (request) => {
+    const claims = await auth.client(request, 'write');
+    const key = idempotencyKey(request);
+    const detail = await readJob(request, claims);
+    const { id } = detail.job;
+    const submitted = await store.submission(id);
+    if (submitted === null) throw unknownJob(id);
+    const spec = redriveSpec(detail, submitted, clock.now());
+    await requireComputes(store, spec);
+    const [outcome] = await store.submit([
+      {
+        spec,
+        organizationId: context.organizationId,
+        // Once, whoever asks, unless a key says that it is meant to be another time.
+        idempotencyKey: key ?? 'redrive',
+        submitter: `redrive of ${id}`,
+      },
+    ]);
+    if (outcome === undefined)
+      throw new MillraceError('internal', 'the store answered a redrive with nothing');
+    const answer = { redrive_of: id, tasks: spec.tasks.length };
+    if (outcome.ok) return { job_id: outcome.value.jobId, ...answer, created: outcome.value.created };
+    // The same job again but for a deadline that has passed since.
+    const { code, details } = outcome.error;
+    const earlier = code === 'already_exists' ? details?.['job_id'] : undefined;
+    if (typeof earlier !== 'string') throw outcome.error;
+    return { job_id: earlier, ...answer, created: false };
+  });
+
+  app.get<DeadRoute>('/v1/dead-tasks', async (request) => {
+    const claims = await auth.client(request, 'read');
+    const { query } = request;
+    const domainId = query.domain_id === undefined ? null : requireUuid(query.domain_id, 'domain_id');
+    if (domainId !== null) requireDomain(claims, domainId);
+    const { items, nextCursor } = await store.deadTasks({
+      domainId: domainId ?? claims.domainId,
+      jobId: query.job_id === undefined ? null : requireUuid(query.job_id, 'job_id'),
+      capability: query.capability ?? null,
+      limit: boundedInteger(query.limit, 'limit', 1, MAX_PAGE) ?? DEFAULT_PAGE,
+      cursor: query.cursor ?? null,
+    });
+    return { items, next_cursor: nextCursor };
   });
 
   app.get<EventsRoute>('/v1/jobs/:id/events', async (request, reply) => {
@@ -214,16 +277,4 @@ function flag(value: string | undefined, name: string): boolean {
   if (value === undefined || value === 'false') return false;
   if (value === 'true') return true;
   throw new MillraceError('invalid_argument', `${name} must be true or false, got ${JSON.stringify(value)}`);
-}
-
-function boundedInteger(value: string | undefined, name: string, least: number, most: number): number | null {
-  if (value === undefined) return null;
-  const number = /^\d{1,16}$/.test(value) ? Number(value) : Number.NaN;
-  if (!(number >= least && number <= most)) {
-    throw new MillraceError(
-      'invalid_argument',
-      `${name} must be an integer from ${least} to ${most}, got ${JSON.stringify(value)}`,
-    );
-  }
-  return number;
 }

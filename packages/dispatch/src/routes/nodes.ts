@@ -1,7 +1,8 @@
-/** Nodes as the requestor's side sees them: making credentials, listing, and who is busy with what. */
+/** Nodes as the requestor's side sees them: making credentials, listing, who is busy with what, and how much waits. */
 import { randomBytes } from 'node:crypto';
 import { MillraceError } from '@millrace/runner';
 import type { FastifyInstance } from 'fastify';
+import { queueReport } from '../queue-report.ts';
 import type { NodeMode } from '../records.ts';
 import type { ServerContext } from './context.ts';
 import { hashSecret } from './dds.ts';
@@ -52,6 +53,12 @@ export function registerNodeRoutes(app: FastifyInstance, context: ServerContext)
   app.get('/v1/nodes', async (request) => {
     await auth.client(request, 'read');
     return { nodes: await store.listNodes() };
+  });
+
+  app.get('/v1/queues', async (request) => {
+    await auth.client(request, 'read');
+    const [queues, nodes] = await Promise.all([store.queues(), store.listNodes()]);
+    return queueReport(queues, nodes, context.clock.now());
   });
 
   app.get<{ Querystring: { mode?: string } }>('/v1/nodes/busy', async (request) => {

@@ -1,6 +1,6 @@
 import { SimulatedClock, seededRandom } from '@millrace/runner/testing';
 import { expect, test } from 'vitest';
-import { uuidV7 } from './ids.ts';
+import { LEASE_NUMBERS, leaseId, prefixOf, taskId, taskIdsOf, taskIndex, uuidV7 } from './ids.ts';
 
 const SHAPE = /^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/;
 
@@ -36,4 +36,30 @@ test('equal seeds give equal ids', () => {
   const make = () => uuidV7(new SimulatedClock(), seededRandom(5));
   const [one, two] = [make(), make()];
   for (let count = 0; count < 100; count += 1) expect(one()).toBe(two());
+});
+
+test("a task's id is made from its job's and tells its place in the job", () => {
+  const next = uuidV7(new SimulatedClock(), seededRandom(6));
+  // The second one's last part is so high that its tasks' ids go on from zero.
+  for (const jobId of [next(), `${prefixOf(next())}fffffffe`]) {
+    const ids = taskIdsOf(jobId);
+    const tasks = Array.from({ length: 10_000 }, (_, index) => taskId(ids, index));
+    expect(new Set([jobId, ...tasks]).size).toBe(10_001);
+    for (const [index, id] of tasks.entries()) {
+      expect(id).toMatch(SHAPE);
+      expect(prefixOf(id)).toBe(prefixOf(jobId));
+      expect(taskIndex(ids, id)).toBe(index);
+    }
+    expect(taskIndex(ids, jobId)).toBe(2 ** 32 - 1);
+    expect(taskIndex(ids, 'no id at all')).toBe(Infinity);
+  }
+});
+
+test("a lease's id is made from its time and number, and no two of these make the same", () => {
+  const times = [0, 1, 0x0123_4567_89ab];
+  const numbers = [0, 1, 2 ** 16, 2 ** 32 - 1, 2 ** 32, LEASE_NUMBERS - 1];
+  const ids = times.flatMap((at) => numbers.map((no) => leaseId(at, no)));
+  expect(new Set(ids).size).toBe(times.length * numbers.length);
+  for (const id of ids) expect(id).toMatch(SHAPE);
+  expect(leaseId(0x0123_4567_89ab, 0xabcd_ef01)).toBe('01234567-89ab-7000-8000-0000abcdef01');
 });

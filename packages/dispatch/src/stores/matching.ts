@@ -2,12 +2,13 @@
  * Which node may take which work. Tasks with the same demands form a queue; a node is matched against queues, never
  * against single tasks.
  */
-import type { NodeMode } from '../records.ts';
+import { selectorFromFilters, selectorMatches } from '@millrace/runner/model';
+import type { CapabilityFilters, NodeMode } from '../records.ts';
 
 /** What the tasks of one queue demand of a node. */
 export interface Demand {
   readonly capability: string;
-  readonly filters: Readonly<Record<string, string>>;
+  readonly filters: CapabilityFilters;
   readonly mode: NodeMode;
   /** The job's organization; null: none. */
   readonly organizationId: string | null;
@@ -24,14 +25,12 @@ export interface Offer {
 /**
  * - `preferred` work the node is meant for: a dedicated node's dedicated tasks, a public node's own organization
  * - `other` everything else it may take, after all of the above
- * - `never` a capability it has not registered, a filter that does not equal its label, or work it is not allowed to see:
+ * - `never` a capability it has not registered, a filter that its label does not satisfy, or work it is not allowed to see:
  *   public nodes take public work of any organization, dedicated nodes only work of their own.
  */
 export function match(demand: Demand, offer: Offer): 'preferred' | 'other' | 'never' {
   if (!offer.capabilities.includes(demand.capability)) return 'never';
-  for (const [label, value] of Object.entries(demand.filters)) {
-    if (!Object.hasOwn(offer.labels, label) || offer.labels[label] !== value) return 'never';
-  }
+  if (differingLabel(demand.filters, offer.labels) !== null) return 'never';
   const own = demand.organizationId === offer.organizationId;
   if (offer.mode === 'dedicated') {
     if (!own) return 'never';
@@ -39,4 +38,17 @@ export function match(demand: Demand, offer: Offer): 'preferred' | 'other' | 'ne
   }
   if (demand.mode === 'dedicated') return 'never';
   return own ? 'preferred' : 'other';
+}
+
+/** The first label that is not what the filters ask for; null: all are. */
+export function differingLabel(
+  filters: CapabilityFilters,
+  labels: Readonly<Record<string, string>>,
+): string | null {
+  const differing = Object.entries(filters).find(([label, wanted]) =>
+    typeof wanted === 'string'
+      ? !Object.hasOwn(labels, label) || labels[label] !== wanted
+      : !selectorMatches(selectorFromFilters({ [label]: wanted }), labels),
+  );
+  return differing?.[0] ?? null;
 }

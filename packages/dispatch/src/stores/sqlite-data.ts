@@ -28,6 +28,7 @@ export class Data {
   readonly #insert: Statement;
   readonly #update: Statement;
   readonly #delete: Statement;
+  readonly #deleteOfJob: Statement;
   readonly #selectDigest: Statement;
   readonly #insertUpload: Statement;
   readonly #selectUpload: Statement;
@@ -59,7 +60,9 @@ export class Data {
       'UPDATE data SET name = ?, data_type = ?, digest = ?, size = ?, updated_at = ? WHERE id = ?',
     );
     this.#delete = sql('DELETE FROM data WHERE domain_id = ? AND id = ?');
-    this.#selectDigest = sql('SELECT 1 FROM data WHERE digest = ? LIMIT 1');
+    this.#deleteOfJob = sql('DELETE FROM data WHERE job_id = ?');
+    this.#selectDigest = sql(`
+      SELECT 1 FROM data WHERE digest = ?1 UNION ALL SELECT 1 FROM computes WHERE digest = ?1 LIMIT 1`);
     this.#insertUpload = sql('INSERT INTO uploads (id, domain_id, expires_at, body) VALUES (?, ?, ?, ?)');
     this.#selectUpload = sql('SELECT id, body FROM uploads WHERE id = ?');
     this.#selectExpired = sql(
@@ -146,6 +149,20 @@ export class Data {
     return recordOf(row);
   }
 
+  /** @see MemoItems.copy */
+  copy(
+    jobId: string,
+    items: readonly Pick<DataRecord, 'id' | 'domain_id' | 'name' | 'data_type' | 'digest' | 'size'>[],
+  ): boolean {
+    if (items.some(({ domain_id, name }) => this.#selectByName.get(domain_id, name) !== undefined))
+      return false;
+    const now = this.#clock.now();
+    for (const { id, domain_id, name, data_type, size, digest } of items) {
+      this.#insert.run(id, domain_id, name, data_type, size, now, now, digest, jobId);
+    }
+    return true;
+  }
+
   get(domainId: string, id: string): DataRecord | null {
     const row = this.#selectOne.get(domainId, id);
     return row ? recordOf(row) : null;
@@ -166,6 +183,11 @@ export class Data {
 
   delete(domainId: string, id: string): boolean {
     return this.#delete.count(domainId, id) > 0;
+  }
+
+  /** Removes what was made under the leases of a job. Returns how many items. */
+  deleteOfJob(jobId: string): number {
+    return this.#deleteOfJob.count(jobId);
   }
 
   unreferenced(digests: readonly string[]): string[] {

@@ -2,14 +2,13 @@
  * One SQLite file as the store needs it: opened for this process alone, durable, migrated, with statements prepared
  * once and errors in our codes. The only file that knows the driver.
  */
-import { createHash } from 'node:crypto';
-import { closeSync, openSync, readFileSync, readdirSync } from 'node:fs';
-import { fileURLToPath } from 'node:url';
+import { closeSync, openSync } from 'node:fs';
 import { DatabaseSync } from '@photostructure/sqlite';
 import { MillraceError } from '@millrace/runner';
+import { readMigrations } from './migrations.ts';
 
 /** What a column can hold here. */
-export type Value = string | number | null;
+export type Value = string | number | null | Uint8Array;
 /** One row, columns in the order of the statement. */
 export type Row = readonly Value[];
 
@@ -221,7 +220,7 @@ export class Database {
     this.exec(
       'CREATE TABLE IF NOT EXISTS migrations (id INTEGER PRIMARY KEY, name TEXT NOT NULL, checksum TEXT NOT NULL, applied_at INTEGER NOT NULL) STRICT',
     );
-    const known = migrations();
+    const known = readMigrations('sqlite');
     for (const [id, name, checksum] of this.prepare(
       'SELECT id, name, checksum FROM migrations ORDER BY id',
     ).all()) {
@@ -229,13 +228,13 @@ export class Database {
       if (!ours) {
         throw new MillraceError(
           'failed_precondition',
-          `database ${this.#path} was written by a newer Millrace (it has migration ${name}); use that version or another file`,
+          `database ${this.#path} was written by a newer Millrace (it has migration ${String(name)}); use that version or another file`,
         );
       }
       if (ours.checksum !== checksum) {
         throw new MillraceError(
           'failed_precondition',
-          `database ${this.#path} has a different migration ${name} than this Millrace; it was written by a development version`,
+          `database ${this.#path} has a different migration ${String(name)} than this Millrace; it was written by a development version`,
         );
       }
     }
@@ -256,30 +255,6 @@ export class Database {
       }
     }
   }
-}
-
-interface Migration {
-  readonly id: number;
-  readonly name: string;
-  readonly checksum: string;
-  readonly sql: string;
-}
-
-/** The files of `sql/sqlite`, in order. The folder is at the same place relative to `src` and to `dist`. */
-function migrations(): Migration[] {
-  const folder = fileURLToPath(new URL('../../sql/sqlite/', import.meta.url));
-  return readdirSync(folder)
-    .filter((name) => /^\d{4}-.+\.sql$/.test(name))
-    .toSorted()
-    .map((name) => {
-      const sql = readFileSync(`${folder}${name}`, 'utf8');
-      return {
-        id: Number(name.slice(0, 4)),
-        name,
-        checksum: createHash('sha256').update(sql).digest('hex'),
-        sql,
-      };
-    });
 }
 
 /** Extended result codes carry the primary one in their low byte. 0: not an error of SQLite's. */
@@ -319,6 +294,11 @@ export class BulkInsert {
   /** Takes one row, in the order of the columns. It is in the table after {@link flush}. */
   add(...row: Value[]): void {
     this.#database.noteWrite();
+    this.#values.push(...row);
+  }
+
+  /** Like {@link add} for a change that was counted before. */
+  addCounted(...row: Value[]): void {
     this.#values.push(...row);
   }
 

@@ -8,6 +8,7 @@ import { fileURLToPath } from 'node:url';
 import { DatabaseSync } from '@photostructure/sqlite';
 import { SimulatedClock, seededRandom } from '@millrace/runner/testing';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import type { Store } from '../store.ts';
 import { MAX_NONCES } from './sqlite-nodes.ts';
 import { openSqliteStore } from './sqlite.ts';
 import { DOMAIN, Scene, jobOf, refOf, storeSuite, valueOf } from './suite.ts';
@@ -45,6 +46,89 @@ describe('sqlite', () => {
       turns: () => turns,
     };
   }
+
+  test('the trace of a job outlives the process', async () => {
+    const traceparent = '00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01';
+    {
+      await using store = await openSqliteStore({ path });
+      await store.submit([{ ...newJob(), traceparent }, newJob()]);
+    }
+    await using store = await openSqliteStore({ path });
+    const scene = new Scene(store);
+    const node = await scene.node();
+    const leases = [await scene.take(node), await scene.take(node)];
+    expect(leases.map((lease) => lease.traceparent)).toEqual([traceparent, null]);
+  });
+
+  test('how much waits is counted alike after closing and opening, and in a database of before', async () => {
+    const later = { not_before: '2999-01-01T00:00:00.000Z' };
+    const jobs = [
+      jobOf([{ label: 'a' }, { label: 'b', ...later }, { label: 'c', capability: '/other/v1' }], {
+        edges: [
+          { from: 'a', to: 'b' },
+          { from: 'a', to: 'c' },
+        ],
+      }),
+      jobOf(Array.from({ length: 100 }, (_, index) => ({ label: `d${index}`, ...(index < 70 && later) }))),
+      // Nothing of it waits any more, though its second stage never opened.
+      jobOf([{ label: 'x' }, { label: 'y' }], { edges: [{ from: 'x', to: 'y' }] }),
+    ];
+    let before: unknown;
+    {
+      await using store = await openSqliteStore({ path });
+      const outcomes = await store.submit(jobs.map((spec) => ({ ...newJob(), spec })));
+      await store.cancelJob(valueOf(outcomes[2]).jobId);
+      const scene = new Scene(store);
+      await scene.lease(await scene.node(), 5);
+      before = (await store.queues()).map((queue) => ({ ...queue, oldestReadyAgeMs: null }));
+      expect(before).toMatchObject([
+        { capability: '/test/work/v1', ready: 26, blocked: 1, delayed: 70, held: 5 },
+        { capability: '/other/v1', ready: 0, blocked: 1, delayed: 0, held: 0 },
+      ]);
+    }
+    const counted = async (): Promise<unknown> => {
+      await using store = await openSqliteStore({ path });
+      return (await store.queues()).map((queue) => ({ ...queue, oldestReadyAgeMs: null }));
+    };
+    expect(await counted()).toEqual(before);
+    const database = new DatabaseSync(path);
+    database.exec(`
+      DROP TABLE schedules; DROP TABLE redrives; DROP INDEX data_job;
+      ALTER TABLE queues DROP COLUMN blocked; ALTER TABLE queues DROP COLUMN delayed;
+      DELETE FROM migrations WHERE name = '0004-flow.sql'`);
+    database.close();
+    expect(await counted()).toEqual(before);
+  });
+
+  test('results to be given again, and the jobs that ask for them, outlive the process', async () => {
+    const meta = { ref: `compute://sha256/${'c'.repeat(64)}`, now: 0 };
+    const stages = jobOf(
+      [
+        { label: 'a', meta: { ...meta, step: 1 } },
+        { label: 'b', meta: { ...meta, step: 2 } },
+      ],
+      { cache: true, edges: [{ from: 'a', to: 'b' }] },
+    );
+    const newStages = { ...newJob(), spec: stages };
+    const end = async (scene: Scene): Promise<string> => {
+      const lease = await scene.take(await scene.node());
+      await scene.complete(refOf(lease), [], { artifacts: [] });
+      return lease.task.label ?? '';
+    };
+    {
+      await using store = await openSqliteStore({ path });
+      await store.submit([newStages]);
+      expect(await end(new Scene(store))).toBe('a');
+    }
+    {
+      await using store = await openSqliteStore({ path });
+      expect(await end(new Scene(store))).toBe('b');
+    }
+    await using store = await openSqliteStore({ path });
+    const { jobId } = valueOf((await store.submit([newStages]))[0]);
+    const { status } = (await new Scene(store).job(jobId)).job;
+    expect(status).toBe('completed');
+  });
 
   test('a new database is readable by its owner only, whatever the umask', async () => {
     const before = process.umask(0o000);
@@ -204,6 +288,61 @@ describe('sqlite', () => {
     expect((await scene.lease(node, 9)).map(({ task }) => task.label)).toEqual(['b']);
     expect(await scene.complete(refOf(lease))).toBe('ok');
     expect((await scene.lease(node, 9)).map(({ task }) => task.label)).toEqual(['c']);
+  });
+
+  test('attempts and their endings are told alike, accepted again and swept after closing and opening', async () => {
+    const clock = new SimulatedClock();
+    const random = seededRandom(4);
+    const open = () => openSqliteStore({ path, clock, random });
+    const read = async (store: Store, jobId: string) => ({
+      job: await store.getJob(jobId),
+      events: await store.events(jobId, 0, 1000),
+      busy: await store.busyNodes('all'),
+    });
+    let failed, done, held, node, jobId, before;
+    {
+      await using store = await open();
+      const scene = new Scene(store);
+      node = await scene.node();
+      jobId = await scene.submit(Array.from({ length: 100 }, (_, index) => ({ label: String(index) })));
+      failed = await scene.take(node);
+      await scene.fail(refOf(failed), { reason: 'try again' });
+      clock.jumpWallClock(2000);
+      await store.sweep();
+      done = await scene.lease(node, 90);
+      expect(done[0]?.task.id).toBe(failed.task.id);
+      for (const lease of done.slice(0, 70)) await scene.complete(refOf(lease), [lease.task.label]);
+      held = done[80]!;
+      before = await read(store, jobId);
+    }
+    await using store = await open();
+    const scene = new Scene(store);
+    expect(await read(store, jobId)).toEqual(before);
+    expect(await scene.task(failed.task.id)).toMatchObject({ status: 'completed', output_cids: ['0'] });
+    for (const lease of done.slice(0, 70)) expect(await scene.complete(refOf(lease))).toBe('ok');
+    expect(await scene.fail(refOf(failed))).toBe('ok');
+    expect(await scene.complete(refOf(failed))).toBe('aborted');
+    expect((await scene.heartbeat(refOf(held))).task.status).toBe('running');
+    expect((await scene.job(jobId)).receipts).toHaveLength(71);
+    clock.jumpWallClock(15_000);
+    expect((await store.sweep()).rescued).toBe(20);
+    expect(await scene.complete(refOf(held))).toBe('aborted');
+    expect(await scene.lease(node, 99)).toHaveLength(30);
+  });
+
+  test('tasks with little and with much to say are read back one by one', async () => {
+    await using store = await openSqliteStore({ path });
+    const scene = new Scene(store);
+    const metaOf = (index: number) => ({ index, filler: 'ü'.repeat(index % 7 === 0 ? 20_000 : index) });
+    const jobId = await scene.submit(Array.from({ length: 200 }, (_, index) => ({ meta: metaOf(index) })));
+    const ids = (await scene.job(jobId)).tasks.map(({ id }) => id);
+    for (const [index, id] of [...ids.entries()].toReversed()) {
+      expect(await scene.task(id)).toMatchObject({ id, meta: metaOf(index) });
+    }
+    // The ids before the first and after the last are nobody's.
+    expect(await store.getTask(jobId)).toBeNull();
+    const beyond = (BigInt(`0x${ids.at(-1)!.slice(24)}`) + 1n).toString(16).padStart(12, '0');
+    expect(await store.getTask(`${ids.at(-1)!.slice(0, 24)}${beyond}`)).toBeNull();
   });
 
   describe('what was acknowledged survives a SIGKILL', () => {

@@ -5,49 +5,71 @@
  * Reads answer at once from the committed state: operations run synchronously from BEGIN to COMMIT, so between two turns of
  * the event loop there is nothing else to see. With clock, random source and schedule given, everything is deterministic.
  */
-import { MillraceError, systemClock } from '@millrace/runner';
+import { systemClock } from '@millrace/runner';
 import type { Clock, JsonObject, Logger, Random } from '@millrace/runner';
 import { DEFAULT_BACKOFF } from '../lifecycle.ts';
 import type { Backoff } from '../lifecycle.ts';
 import type {
   BusyNode,
+  ComputeRecord,
   DataRecord,
   JobDetail,
   JobEvent,
   JobRecord,
+  JobSpec,
   NodeMode,
   NodeRecord,
+  ScheduleRecord,
   TaskRecord,
 } from '../records.ts';
 import type {
+  ClaimedSchedules,
   CompleteItem,
+  ComputeWrite,
   DataQuery,
   DataWrite,
+  DeadTasksQuery,
+  EndedTick,
   FailItem,
   HeartbeatAnswer,
   HeartbeatItem,
   LeaseAnswer,
   LeaseRequest,
+  ListComputesQuery,
   ListJobsQuery,
+  LogAppend,
+  LogEntry,
+  LogPage,
+  LogQuery,
   NewJob,
   NewNode,
+  NewSchedule,
   NodeRegistration,
   Nonce,
   Outcome,
+  PruneAnswer,
+  PruneQuery,
+  PutComputeAnswer,
+  QueueStanding,
   ReleaseItem,
   Standby,
   Store,
   StoreChange,
   StoreStats,
   SweepAnswer,
+  TaskStanding,
   UploadRecord,
 } from '../store.ts';
+import { parseCursor } from './cursors.ts';
 import { GroupCommit, closedError } from './group-commit.ts';
 import type { Schedule, Transaction } from './group-commit.ts';
 import { uuidV7 } from './ids.ts';
+import { Computes } from './sqlite-computes.ts';
 import { Data } from './sqlite-data.ts';
 import { Database } from './sqlite-database.ts';
+import { Logs } from './sqlite-logs.ts';
 import { Nodes } from './sqlite-nodes.ts';
+import { Schedules } from './sqlite-schedules.ts';
 import { SWEEP_TASKS, Work } from './sqlite-work.ts';
 
 export interface SqliteStoreOptions {
@@ -84,11 +106,17 @@ export function openSqliteStore(options: SqliteStoreOptions): Promise<Store> {
 /** Jobs one stretch of a filtered listing looks at before it lets others run. */
 const LIST_SPAN = 2000;
 
+/** A batch of a pruning shares its commit with nothing large. */
+const PRUNE_WEIGHT = 2000;
+
 class SqliteStore implements Store {
   readonly #database: Database;
   readonly #work: Work;
   readonly #nodes: Nodes;
   readonly #data: Data;
+  readonly #computes: Computes;
+  readonly #logs: Logs;
+  readonly #schedules: Schedules;
   readonly #group: GroupCommit;
   readonly #schedule: Schedule;
   readonly #log: Logger | undefined;
@@ -115,12 +143,22 @@ class SqliteStore implements Store {
       leaseTtlMs: options.leaseTtlMs ?? 15_000,
       cancelGraceMs: options.cancelGraceMs ?? 60_000,
       backoff: options.backoff ?? DEFAULT_BACKOFF,
+      items: {
+        get: (domainId, id) => this.#data.get(domainId, id),
+        copy: (jobId, items) => this.#data.copy(jobId, items),
+      },
       node: (id) => this.#nodes.get(id),
     });
     this.#nodes = new Nodes(this.#database, clock, newId, (nodeId) => this.#work.activeLeases(nodeId));
     this.#data = new Data(this.#database, clock, newId, (ref, domainId) =>
       this.#work.checkLease(ref, domainId),
     );
+    this.#computes = new Computes(this.#database, clock);
+    this.#schedules = new Schedules(this.#database, clock, newId);
+    this.#logs = new Logs(this.#database, {
+      leased: (item) => this.#work.leased(item),
+      standing: (taskId) => this.#work.standing(taskId, false),
+    });
     this.#group = new GroupCommit(this.#transaction(), this.#schedule);
     this.#refresh();
   }
@@ -141,9 +179,10 @@ class SqliteStore implements Store {
   async listJobs(query: ListJobsQuery): ReturnType<Store['listJobs']> {
     let before = parseCursor(query.cursor);
     const items: Awaited<ReturnType<Store['listJobs']>>['items'][number][] = [];
-    for (;;) {
+    // Without a filter the first stretch is the page; a filter that matches little looks further each time.
+    for (let span = query.limit; ; span = Math.min(LIST_SPAN, span * 4)) {
       const left = query.limit - items.length;
-      const stretch = await this.#read(() => this.#work.listJobs(query, before, LIST_SPAN, left));
+      const stretch = await this.#read(() => this.#work.listJobs(query, before, span, left));
       for (const { job, tasks_summary } of stretch.items) items.push({ job, tasks_summary });
       if (stretch.next === null) return { items, nextCursor: null };
       if (items.length >= query.limit) return { items, nextCursor: String(stretch.next) };
@@ -158,7 +197,42 @@ class SqliteStore implements Store {
   }
 
   deleteJob(id: string): Promise<boolean> {
-    return this.#group.run(1, () => this.#work.deleteJob(id));
+    return this.#group.run(1, () => {
+      const known = this.#work.deleteJob(id);
+      if (known) this.#logs.delete(id);
+      return known;
+    });
+  }
+
+  pruneJobs({ endedForMs, artifacts, cursor }: PruneQuery): Promise<PruneAnswer> {
+    const after = parseCursor(cursor) ?? 0;
+    return this.#group.run(PRUNE_WEIGHT, () => {
+      const { ids, next } = this.#work.pruneJobs(after, endedForMs);
+      let items = 0;
+      for (const id of ids) {
+        this.#logs.delete(id);
+        if (artifacts) items += this.#data.deleteOfJob(id);
+      }
+      return { jobs: ids.length, items, nextCursor: next === null ? null : String(next) };
+    });
+  }
+
+  submission(jobId: string): Promise<JobSpec | null> {
+    return this.#read(() => this.#work.submission(jobId));
+  }
+
+  async deadTasks(query: DeadTasksQuery): ReturnType<Store['deadTasks']> {
+    let before = parseCursor(query.cursor);
+    const items: TaskRecord[] = [];
+    for (;;) {
+      const left = query.limit - items.length;
+      const stretch = await this.#read(() => this.#work.deadTasks(query, before, LIST_SPAN, left));
+      items.push(...stretch.items);
+      if (stretch.next === null) return { items, nextCursor: null };
+      if (items.length >= query.limit) return { items, nextCursor: String(stretch.next) };
+      before = stretch.next;
+      await new Promise<void>((resolve) => this.#schedule(resolve));
+    }
   }
 
   events(jobId: string, after: number, limit: number): Promise<readonly JobEvent[] | null> {
@@ -201,6 +275,51 @@ class SqliteStore implements Store {
       if (!part.more) break;
     }
     return { rescued, nextAtMs: await this.#read(() => this.#work.nextWake()) };
+  }
+
+  appendLogs(
+    items: readonly LogAppend[],
+    maxBytes: number,
+  ): Promise<Outcome<{ readonly nextOffset: number }>[]> {
+    return this.#group.run(items.length, () => this.#logs.append(items, maxBytes));
+  }
+
+  readLogs(query: LogQuery): Promise<LogPage | null> {
+    return this.#read(() => this.#logs.read(query));
+  }
+
+  listLogs(jobId: string): Promise<readonly LogEntry[] | null> {
+    return this.#read(() => (this.#work.knowsJob(jobId) ? this.#logs.list(jobId) : null));
+  }
+
+  standing(taskId: string): Promise<TaskStanding | null> {
+    return this.#read(() => this.#work.standing(taskId, true));
+  }
+
+  putSchedule(schedule: NewSchedule): Promise<ScheduleRecord> {
+    return this.#group.run(1, () => this.#schedules.put(schedule));
+  }
+
+  listSchedules(domainId: string | null): Promise<readonly ScheduleRecord[]> {
+    return this.#read(() => this.#schedules.list(domainId));
+  }
+
+  getSchedule(domainId: string, name: string): Promise<ScheduleRecord | null> {
+    return this.#read(() => this.#schedules.get(domainId, name));
+  }
+
+  deleteSchedule(domainId: string, name: string): Promise<boolean> {
+    return this.#group.run(1, () => this.#schedules.delete(domainId, name));
+  }
+
+  async claimSchedules(claimMs: number): Promise<ClaimedSchedules> {
+    const isDue = await this.#read(() => this.#schedules.isDue());
+    const due = isDue ? await this.#group.run(1, () => this.#schedules.claim(claimMs)) : [];
+    return { due, nextAtMs: await this.#read(() => this.#schedules.nextAt()) };
+  }
+
+  endTick(tick: EndedTick): Promise<boolean> {
+    return this.#group.run(1, () => this.#schedules.end(tick));
   }
 
   createNode(node: NewNode): Promise<NodeRecord> {
@@ -291,6 +410,32 @@ class SqliteStore implements Store {
     return this.#read(() => this.#data.unreferenced(digests));
   }
 
+  putCompute(compute: ComputeWrite): Promise<PutComputeAnswer> {
+    return this.#group.run(1, () => this.#computes.put(compute));
+  }
+
+  getCompute(digest: string): Promise<ComputeRecord | null> {
+    return this.#read(() => this.#computes.get(digest));
+  }
+
+  async listComputes(query: ListComputesQuery): ReturnType<Store['listComputes']> {
+    const before = parseCursor(query.cursor);
+    const { items, next } = await this.#read(() => this.#computes.list(query, before));
+    return { items, nextCursor: next === null ? null : String(next) };
+  }
+
+  deleteCompute(digest: string): Promise<boolean> {
+    return this.#group.run(1, () => this.#computes.delete(digest));
+  }
+
+  missingComputes(digests: readonly string[]): Promise<readonly string[]> {
+    return this.#read(() => this.#computes.missing(digests));
+  }
+
+  queues(): Promise<readonly QueueStanding[]> {
+    return this.#read(() => this.#work.queues());
+  }
+
   stats(): Promise<StoreStats> {
     return this.#read(() => this.#work.stats());
   }
@@ -353,6 +498,7 @@ class SqliteStore implements Store {
         // Read again at the next use: the disk may just have failed.
         this.#stale = true;
         this.#grants = [];
+        this.#logs.takeGrown();
         database.rollback();
       },
       get writes() {
@@ -365,7 +511,10 @@ class SqliteStore implements Store {
         for (const { standby, outcomes } of grants) {
           this.#call('granted', () => standby.granted(outcomes));
         }
-        for (const change of this.#work.takeChanges()) {
+        const changes = this.#work.takeChanges();
+        const taskIds = this.#logs.takeGrown();
+        if (taskIds.length > 0) changes.push({ kind: 'logs', taskIds });
+        for (const change of changes) {
           for (const listener of this.#listeners) this.#call(change.kind, () => listener(change));
         }
       },
@@ -380,15 +529,4 @@ class SqliteStore implements Store {
       this.#log?.error('store listener failed', { kind, error: String(error) });
     }
   }
-}
-
-function parseCursor(cursor: string | null): number | null {
-  if (cursor === null) return null;
-  if (!/^[1-9]\d{0,14}$/.test(cursor)) {
-    throw new MillraceError(
-      'invalid_argument',
-      `cursor must be one a listing returned, got ${JSON.stringify(cursor.slice(0, 100))}`,
-    );
-  }
-  return Number(cursor);
 }

@@ -5,10 +5,13 @@ import { SimulatedClock, seededRandom } from '@millrace/runner/testing';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { FREE_DRAINS, FREE_NODE_FAULTS } from '../lifecycle.ts';
 import type { DataRecord, JobSpec, TaskRecord, TaskSubmission } from '../records.ts';
+import { flowSuite } from './flow-suite.ts';
+import { memoSuite } from './memo-suite.ts';
 import type {
   DataWrite,
   GrantedLease,
   LeaseRef,
+  LogQuery,
   Outcome,
   Store,
   StoreChange,
@@ -245,6 +248,9 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
     const wait = (ms: number): void => clock.jumpWallClock(ms);
     const at = (ms: number): string => new Date(clock.now() + ms).toISOString();
 
+    memoSuite(() => ({ scene, store, wait }));
+    flowSuite(() => ({ scene, store, wait, at }));
+
     describe('submit', () => {
       test('a job is kept as it was submitted', async () => {
         const id = await scene.submit(
@@ -417,6 +423,22 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
         expect(await scene.task(lease.task.id)).toEqual(lease.task);
       });
 
+      test('the trace a job was submitted with is in its leases, and is no part of its spec', async () => {
+        const node = await scene.node();
+        const traceparent = '00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01';
+        const job = { spec: jobOf([{}]), organizationId: ORG, idempotencyKey: 'key', submitter: 'tester' };
+        const [traced] = await scene.store.submit([{ ...job, traceparent }]);
+        const [again] = await scene.store.submit([{ ...job, traceparent: null }]);
+        expect(valueOf(again)).toEqual({ jobId: valueOf(traced).jobId, created: false });
+        const first = await scene.take(node);
+        expect(first.traceparent).toBe(traceparent);
+        await scene.release(refOf(first));
+        expect((await scene.take(node)).traceparent).toBe(traceparent);
+        await scene.submit();
+        expect((await scene.take(node)).traceparent ?? null).toBeNull();
+        expect(JSON.stringify(await scene.job(valueOf(traced).jobId))).not.toContain('0af7651916cd');
+      });
+
       test('with start the task is running at once', async () => {
         const node = await scene.node();
         const jobId = await scene.submit();
@@ -529,6 +551,20 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
         expect((await scene.lease(two, 9)).map(({ task }) => task.label)).toEqual(['other']);
       });
 
+      test('filters may be operators, of which all must hold', async () => {
+        await scene.submit([
+          { label: 'in', capability_filters: { gpu: { In: ['a100', 'h100'] } } },
+          { label: 'not', capability_filters: { gpu: { Exists: true, NotIn: ['a100'] } } },
+          { label: 'without', capability_filters: { gpu: { DoesNotExist: true } } },
+        ]);
+        const take = async (labels: Readonly<Record<string, string>>): Promise<string[]> =>
+          (await scene.lease(await scene.node({ labels }), 9)).map(({ task }) => task.label);
+        expect(await take({ gpu: 'k80', zone: 'eu' })).toEqual(['not']);
+        expect(await take({ gpu: 'h100' })).toEqual(['in']);
+        expect(await take({ gpu: 'a100' })).toEqual([]);
+        expect(await take({ zone: 'eu' })).toEqual(['without']);
+      });
+
       test('a filter cannot be met by what every object inherits', async () => {
         await scene.submit([{ capability_filters: { constructor: 'function Object() { [native code] }' } }]);
         expect(await scene.lease(await scene.node())).toEqual([]);
@@ -581,6 +617,45 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
         await scene.submit([{ label: 'own dedicated', mode: 'dedicated' }], {}, ORG);
         const leases = await scene.lease(await scene.node({ mode: 'dedicated' }), 9);
         expect(leases.map(({ task }) => task.label)).toEqual(['own dedicated', 'own public']);
+      });
+
+      test('a task past its deadline is passed over, those around it are given out', async () => {
+        const node = await scene.node();
+        const late = { deadline_at: at(1000) };
+        const jobId = await scene.submit([
+          { label: 'a' },
+          { label: 'b', ...late },
+          { label: 'c' },
+          { label: 'd' },
+          { label: 'e', ...late },
+          { label: 'f' },
+        ]);
+        wait(1000);
+        expect((await scene.lease(node, 2)).map(({ task }) => task.label)).toEqual(['a', 'c']);
+        expect((await scene.lease(node, 1)).map(({ task }) => task.label)).toEqual(['d']);
+        expect((await scene.lease(node, 9)).map(({ task }) => task.label)).toEqual(['f']);
+        expect((await store.stats()).tasks).toMatchObject({ queued: 2, running: 4 });
+        await store.sweep();
+        expect(await scene.states(jobId)).toMatchObject({ b: 'failed', e: 'failed', a: 'running' });
+      });
+
+      test('jobs submitted in one call are cancelled and deleted each by itself', async () => {
+        const node = await scene.node();
+        const job = { organizationId: ORG, idempotencyKey: null, submitter: 'me' };
+        const labels = Array.from({ length: 9 }, (_, index) => `j${index}`);
+        const outcomes = await store.submit(
+          labels.map((label) => ({ ...job, spec: jobOf([{ label }, { label: `${label}+` }]) })),
+        );
+        const ids = outcomes.map((outcome) => valueOf(outcome).jobId);
+        expect((await store.cancelJob(ids[4]!))?.status).toBe('canceled');
+        expect(await store.deleteJob(ids[0]!)).toBe(true);
+        expect(await store.deleteJob(ids[8]!)).toBe(true);
+        await store.deleteJob(ids[4]!);
+        expect((await store.stats()).tasks).toMatchObject({ queued: 12, canceled: 0 });
+        const left = labels.filter((_, index) => ![0, 4, 8].includes(index));
+        const expected = left.flatMap((label) => [label, `${label}+`]);
+        const leased = [await scene.lease(node, 3), await scene.lease(node, 99)].flat();
+        expect(leased.map(({ task }) => task.label)).toEqual(expected);
       });
 
       test('of many nodes asking at once each task goes to exactly one', async () => {
@@ -844,6 +919,20 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
         for (const leaseId of [failed!.leaseId, null]) {
           expect(await scene.fail({ taskId: failed!.task.id, nodeId: other, leaseId })).toBe('aborted');
         }
+      });
+
+      test('the details of a release are kept with the attempt', async () => {
+        const node = await scene.node();
+        const jobId = await scene.submit([{}, {}]);
+        const details = { usage: { wall_ms: 5 } };
+        const [first, second] = [await scene.take(node), await scene.take(node)];
+        await scene.store.release([{ ...refOf(first), reason: 'shutdown', details }]);
+        await scene.store.cancelJob(jobId);
+        await scene.store.release([{ ...refOf(second), reason: 'canceled', details }]);
+        expect((await scene.job(jobId)).receipts.map(({ outcome, meta }) => [outcome, meta])).toEqual([
+          ['released', details],
+          ['canceled', details],
+        ]);
       });
 
       test('a release is idempotent', async () => {
@@ -1398,6 +1487,33 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
         expect(times).toEqual(times.toSorted());
       });
 
+      test('what happened to many tasks at once is told for each', async () => {
+        const node = await scene.node();
+        const jobId = await scene.submit(
+          Array.from({ length: 40 }, (_, index) => ({ label: String(index) })),
+        );
+        const leases = await scene.lease(node, 40);
+        const outputs = (index: number): string[] => (index === 20 ? ['one'] : []);
+        await store.complete(
+          leases.map((lease, index) => ({ ...refOf(lease), outputCids: outputs(index), meta: null })),
+        );
+        const events = (await store.events(jobId, 0, 1000)) ?? [];
+        const of = (kind: string) => events.filter((event) => event.kind === kind);
+        for (const kind of ['task.runnable', 'task.leased', 'task.running', 'task.completed']) {
+          expect(of(kind).map((event) => event.task_id)).toEqual(leases.map(({ task }) => task.id));
+        }
+        expect(of('task.leased').map(({ data }) => data)).toEqual(
+          leases.map(({ leaseId }) => ({ node_id: node, attempt: 1, lease_id: leaseId })),
+        );
+        expect(of('task.completed').map(({ data }) => data)).toEqual(
+          leases.map((_, index) => ({ outputs: outputs(index) })),
+        );
+        // Wherever a page begins or ends.
+        for (const after of [1, 20, 41, 42, 43, 60, 121, 160]) {
+          expect(await store.events(jobId, after, 7)).toEqual(events.slice(after, after + 7));
+        }
+      });
+
       test('a lease event names node, attempt and lease', async () => {
         const node = await scene.node();
         const jobId = await scene.submit();
@@ -1520,6 +1636,257 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
         expect(await scene.complete(refOf(lease!))).toBe('not_found');
         expect((await scene.lease(node, 9)).map(({ task }) => task.job_id)).toEqual([other]);
         expect(await store.stats()).toMatchObject({ tasks: { queued: 0, running: 1, completed: 0 } });
+      });
+    });
+
+    describe('logs', () => {
+      const MAX = 1000;
+      const append = async (ref: LeaseRef, offset: number, text: string, maxBytes = MAX) =>
+        (await store.appendLogs([{ ...ref, offset, bytes: Buffer.from(text) }], maxBytes))[0]!;
+      const read = async (taskId: string, query: Partial<LogQuery> = {}) => {
+        const page = await store.readLogs({ taskId, attempt: null, offset: 0, limit: 1 << 20, ...query });
+        if (page === null) return null;
+        return { ...page, bytes: Buffer.from(page.bytes).toString('utf8') };
+      };
+
+      test('what is appended can be read from any offset, while the attempt runs and after', async () => {
+        const node = await scene.node();
+        const jobId = await scene.submit();
+        const lease = await scene.take(node);
+        const taskId = lease.task.id;
+        expect(await read(taskId)).toEqual({
+          jobId,
+          attempt: 1,
+          attempts: 1,
+          offset: 0,
+          bytes: '',
+          size: 0,
+          ended: false,
+          final: false,
+        });
+        expect(valueOf(await append(refOf(lease), 0, 'one\n'))).toEqual({ nextOffset: 4 });
+        expect(valueOf(await append(refOf(lease), 4, 'zwei: ü\n'))).toEqual({ nextOffset: 13 });
+        expect(await read(taskId)).toMatchObject({ bytes: 'one\nzwei: ü\n', size: 13, ended: false });
+        expect(await read(taskId, { offset: 2, limit: 5 })).toMatchObject({ offset: 2, bytes: 'e\nzwe' });
+        expect(await read(taskId, { offset: 4, limit: 4 })).toMatchObject({ bytes: 'zwei' });
+        expect(await read(taskId, { offset: 13 })).toMatchObject({ offset: 13, bytes: '' });
+        expect(await read(taskId, { offset: -3 })).toMatchObject({ offset: 10, bytes: 'ü\n' });
+        expect(await read(taskId, { offset: -999 })).toMatchObject({ offset: 0, bytes: 'one\nzwei: ü\n' });
+        expect(await codeOfRejection(read(taskId, { offset: 14 }))).toBe('invalid_argument');
+        await scene.complete(refOf(lease));
+        expect(await read(taskId)).toMatchObject({ bytes: 'one\nzwei: ü\n', ended: true, final: true });
+        expect(await read(UNKNOWN)).toBeNull();
+      });
+
+      test('what was said already is not kept twice, and what is missing before it is told', async () => {
+        const lease = await (await scene.submit(), scene.take(await scene.node()));
+        const ref = refOf(lease);
+        expect(valueOf(await append(ref, 0, 'a\nb\n'))).toEqual({ nextOffset: 4 });
+        expect(valueOf(await append(ref, 0, 'a\nb\n'))).toEqual({ nextOffset: 4 });
+        expect(valueOf(await append(ref, 0, 'a\n'))).toEqual({ nextOffset: 4 });
+        expect(valueOf(await append(ref, 2, 'b\nc\n'))).toEqual({ nextOffset: 6 });
+        const gap = await append(ref, 7, 'x\n');
+        expect(codeOf(gap)).toBe('failed_precondition');
+        expect(!gap.ok && gap.error.details).toEqual({ next_offset: 6 });
+        expect(await read(lease.task.id)).toMatchObject({ bytes: 'a\nb\nc\n' });
+      });
+
+      test('a log has at most as many bytes as it may', async () => {
+        const lease = await (await scene.submit(), scene.take(await scene.node()));
+        const ref = refOf(lease);
+        expect(valueOf(await append(ref, 0, `${'x'.repeat(9)}\n`, 10))).toEqual({ nextOffset: 10 });
+        expect(codeOf(await append(ref, 10, '\n', 10))).toBe('resource_exhausted');
+        expect(valueOf(await append(ref, 0, `${'x'.repeat(9)}\n`, 10))).toEqual({ nextOffset: 10 });
+        expect(await read(lease.task.id)).toMatchObject({ size: 10 });
+      });
+
+      test('many append in one call, and an error of one changes nothing for the others', async () => {
+        const node = await scene.node();
+        await scene.submit([{ label: 'a' }, { label: 'b' }]);
+        const [a, b] = await scene.lease(node, 2);
+        const outcomes = await store.appendLogs(
+          [
+            { ...refOf(a!), offset: 5, bytes: Buffer.from('gap\n') },
+            { ...refOf(b!), offset: 0, bytes: Buffer.from('b1\n') },
+            { ...refOf(b!), leaseId: UNKNOWN, offset: 3, bytes: Buffer.from('stale\n') },
+            { ...refOf(b!), offset: 3, bytes: Buffer.from('b2\n') },
+          ],
+          MAX,
+        );
+        expect(outcomes.map(codeOf)).toEqual(['failed_precondition', 'ok', 'aborted', 'ok']);
+        expect(await read(a!.task.id)).toMatchObject({ size: 0 });
+        expect(await read(b!.task.id)).toMatchObject({ bytes: 'b1\nb2\n' });
+      });
+
+      test('each attempt has a log of its own, written only under its lease', async () => {
+        const node = await scene.node();
+        const jobId = await scene.submit();
+        const first = await scene.take(node);
+        const taskId = first.task.id;
+        await append(refOf(first), 0, 'first\n');
+        // The node falls silent: this attempt does not count as one, but has its log.
+        wait(TTL);
+        await store.sweep();
+        expect(codeOf(await append(refOf(first), 6, 'late\n'))).toBe('aborted');
+        expect(await read(taskId)).toMatchObject({ attempt: 1, bytes: 'first\n', ended: true, final: false });
+        expect(await read(taskId, { attempt: 2 })).toMatchObject({ bytes: '', ended: false, attempts: 1 });
+        expect(await codeOfRejection(read(taskId, { attempt: 3 }))).toBe('not_found');
+        const second = await scene.take(node);
+        expect(second.task.attempts).toBe(1);
+        expect(codeOf(await append(refOf(first), 6, 'late\n'))).toBe('aborted');
+        await append(refOf(second), 0, 'second\n');
+        expect(await read(taskId)).toMatchObject({
+          attempt: 2,
+          attempts: 2,
+          bytes: 'second\n',
+          ended: false,
+        });
+        expect(await read(taskId, { attempt: 1 })).toMatchObject({ bytes: 'first\n', ended: true });
+        await scene.fail(refOf(second));
+        wait(BACKOFF.capMs);
+        await store.sweep();
+        const third = await scene.take(node);
+        expect(third.task.attempts).toBe(2);
+        await append(refOf(third), 0, 'third\n');
+        await scene.complete(refOf(third));
+        expect(await store.listLogs(jobId)).toEqual([
+          { taskId, attempt: 1, size: 6 },
+          { taskId, attempt: 2, size: 7 },
+          { taskId, attempt: 3, size: 6 },
+        ]);
+        expect(await codeOfRejection(read(taskId, { attempt: 4 }))).toBe('not_found');
+      });
+
+      test('a cancelled attempt may say what it still has to say until it is gone', async () => {
+        const node = await scene.node();
+        const jobId = await scene.submit();
+        const lease = await scene.take(node);
+        await store.cancelJob(jobId);
+        expect(codeOf(await append(refOf(lease), 0, 'stopping\n'))).toBe('ok');
+        await scene.release(refOf(lease), 'canceled');
+        expect(codeOf(await append(refOf(lease), 9, 'more\n'))).toBe('aborted');
+        expect(await read(lease.task.id)).toMatchObject({ bytes: 'stopping\n', ended: true, final: true });
+      });
+
+      test('a task that ends before any attempt has an ended, empty log', async () => {
+        const jobId = await scene.submit();
+        const taskId = (await store.getJob(jobId))!.tasks[0]!.id;
+        expect(await read(taskId)).toMatchObject({ attempt: 1, attempts: 0, ended: false, final: false });
+        await store.cancelJob(jobId);
+        expect(await read(taskId)).toMatchObject({ attempt: 1, attempts: 0, ended: true, final: true });
+      });
+
+      test('logs go with their job, others stay; an unknown job has none', async () => {
+        const node = await scene.node();
+        const gone = await scene.submit();
+        const stays = await scene.submit();
+        const [a, b] = await scene.lease(node, 2);
+        for (const lease of [a!, b!]) {
+          await append(refOf(lease), 0, `${lease.task.id}\n`);
+          await scene.complete(refOf(lease));
+        }
+        expect(a!.task.job_id).toBe(gone);
+        expect(await store.deleteJob(gone)).toBe(true);
+        expect(await read(a!.task.id)).toBeNull();
+        expect(await store.listLogs(gone)).toBeNull();
+        expect(await store.listLogs(stays)).toEqual([{ taskId: b!.task.id, attempt: 1, size: 37 }]);
+        expect(await read(b!.task.id)).toMatchObject({ bytes: `${b!.task.id}\n` });
+      });
+
+      test('listeners hear which logs have grown, and nothing when none has', async () => {
+        const lease = await (await scene.submit(), scene.take(await scene.node()));
+        const heard: StoreChange[] = [];
+        using _ = store.subscribe((change) => heard.push(change));
+        await append(refOf(lease), 0, 'a\n');
+        expect(heard).toEqual([{ kind: 'logs', taskIds: [lease.task.id] }]);
+        await append(refOf(lease), 0, 'a\n');
+        await append(refOf(lease), 9, 'b\n');
+        expect(heard).toHaveLength(1);
+      });
+
+      test('many small appends read as one stream, in pages that join', async () => {
+        const lease = await (await scene.submit(), scene.take(await scene.node()));
+        let whole = '';
+        for (let i = 0; i < 700; i += 1) {
+          const line = `${'ä'.repeat(i % 7)}${i}\n`;
+          await append(refOf(lease), Buffer.byteLength(whole), line, 1 << 20);
+          whole += line;
+        }
+        expect(await read(lease.task.id)).toMatchObject({ bytes: whole });
+        const parts: Buffer[] = [];
+        for (let offset = 0; ;) {
+          const page = await store.readLogs({ taskId: lease.task.id, attempt: 1, offset, limit: 61 });
+          if (page!.bytes.byteLength === 0) break;
+          parts.push(Buffer.from(page!.bytes));
+          offset += page!.bytes.byteLength;
+        }
+        expect(Buffer.concat(parts).toString('utf8')).toBe(whole);
+      });
+
+      test('events that are lines of the log as well are marked', async () => {
+        const lease = await (await scene.submit(), scene.take(await scene.node()));
+        await store.heartbeat([{ ...refOf(lease), progress: null, events: [{ n: 1 }], logged: true }]);
+        await store.heartbeat([{ ...refOf(lease), progress: null, events: [{ n: 2 }] }]);
+        const events = (await store.events(lease.task.job_id, 0, 100))!;
+        expect(events.filter(({ kind }) => kind === 'task.log').map(({ data }) => data)).toEqual([
+          { event: { n: 1 }, logged: true },
+          { event: { n: 2 } },
+        ]);
+      });
+    });
+
+    describe('standing', () => {
+      test('tells attempts, since when a lease is held, and what comes before', async () => {
+        const node = await scene.node();
+        const other = await scene.node({ capabilities: ['/test/other/v1'] });
+        const jobId = await scene.submit(
+          [
+            { label: 'first' },
+            { label: 'urgent', priority: 5 },
+            { label: 'second' },
+            { label: 'elsewhere', capability: '/test/other/v1' },
+            { label: 'later', stage: 'later' },
+          ],
+          { edges: [{ from: 'first', to: 'later' }] },
+        );
+        const ids = Object.fromEntries(
+          (await store.getJob(jobId))!.tasks.map((task) => [task.label, task.id]),
+        );
+        expect(await store.standing(ids['second']!)).toEqual({
+          jobId,
+          domainId: DOMAIN,
+          attempts: 0,
+          leasedAt: null,
+          final: false,
+          ahead: { higherPriority: 1, older: 1 },
+        });
+        expect((await store.standing(ids['urgent']!))?.ahead).toEqual({ higherPriority: 0, older: 0 });
+        expect((await store.standing(ids['elsewhere']!))?.ahead).toEqual({ higherPriority: 0, older: 0 });
+        expect((await store.standing(ids['later']!))?.ahead).toBeNull();
+        const lease = await scene.take(node);
+        expect(await store.standing(lease.task.id)).toMatchObject({
+          attempts: 1,
+          leasedAt: at(0),
+          ahead: null,
+        });
+        await scene.complete(refOf(lease));
+        expect(await store.standing(lease.task.id)).toMatchObject({ leasedAt: null, final: true });
+        expect((await store.standing(ids['second']!))?.ahead).toEqual({ higherPriority: 0, older: 1 });
+        expect(await store.standing(UNKNOWN)).toBeNull();
+        await scene.lease(other);
+      });
+
+      test('what a node takes besides competes too', async () => {
+        const node = await scene.node({ capabilities: [CAPABILITY, '/test/other/v1'] });
+        expect(await scene.lease(node)).toEqual([]);
+        await scene.submit([{ label: 'older', capability: '/test/other/v1' }]);
+        const jobId = await scene.submit([{ label: 'mine' }]);
+        const [mine] = (await store.getJob(jobId))!.tasks;
+        // Matched when the node asks: it takes the older one first and would take a second one of it.
+        const [taken] = await scene.lease(node);
+        expect(taken!.task.label).toBe('older');
+        await scene.submit([{ label: 'urgent', capability: '/test/other/v1', priority: 1 }]);
+        expect((await store.standing(mine!.id))?.ahead).toEqual({ higherPriority: 1, older: 0 });
       });
     });
 
@@ -1918,6 +2285,76 @@ export function storeSuite(name: string, make: (options: StoreSuiteOptions) => P
         expect(await store.unreferencedDigests([one, two])).toEqual([two]);
         await putOne(store, write({ id: b.id, digest: two }));
         expect(await store.unreferencedDigests([one, two])).toEqual([one]);
+      });
+    });
+
+    describe('computes', () => {
+      const digestOf = (digit: string): string => `sha256:${digit.repeat(64)}`;
+
+      test('a compute is known by its digest once it was put, with its first engine', async () => {
+        const digest = digestOf('a');
+        expect(await store.getCompute(digest)).toBeNull();
+        const put = await store.putCompute({ digest, engine: 'wasm', size: 7 });
+        expect(put).toEqual({
+          created: true,
+          compute: {
+            ref: `compute://sha256/${'a'.repeat(64)}`,
+            alg: 'sha256',
+            digest: 'a'.repeat(64),
+            engine: 'wasm',
+            bytes: 7,
+            created_at: expect.stringMatching(/Z$/),
+          },
+        });
+        wait(1000);
+        expect(await store.putCompute({ digest, engine: 'wasm', size: 7 })).toEqual({
+          created: false,
+          compute: put.compute,
+        });
+        expect(await codeOfRejection(store.putCompute({ digest, engine: 'quickjs', size: 7 }))).toBe(
+          'already_exists',
+        );
+        expect(await store.getCompute(digest)).toEqual(put.compute);
+      });
+
+      test('which of some digests are no compute is told in order', async () => {
+        const [a, b, c] = ['a', 'b', 'c'].map(digestOf) as [string, string, string];
+        await store.putCompute({ digest: b, engine: 'wasm', size: 1 });
+        expect(await store.missingComputes([c, b, a])).toEqual([c, a]);
+        expect(await store.missingComputes([])).toEqual([]);
+      });
+
+      test('computes are listed page by page, the newest first', async () => {
+        for (const digit of ['1', '2', '3']) {
+          await store.putCompute({ digest: digestOf(digit), engine: 'wasm', size: 1 });
+        }
+        const first = await store.listComputes({ limit: 2, cursor: null });
+        expect(first.items.map((item) => item.digest[0])).toEqual(['3', '2']);
+        const second = await store.listComputes({ limit: 2, cursor: first.nextCursor });
+        expect(second.items.map((item) => item.digest[0])).toEqual(['1']);
+        expect(second.nextCursor).toBeNull();
+        expect((await store.listComputes({ limit: 3, cursor: null })).nextCursor).toBeNull();
+        expect(await codeOfRejection(store.listComputes({ limit: 2, cursor: 'x' }))).toBe('invalid_argument');
+      });
+
+      test('the bytes of a compute are in use until it is deleted, and then unless an item has them', async () => {
+        const digest = digestOf('d');
+        await store.putCompute({ digest, engine: 'wasm', size: 1 });
+        expect(await store.unreferencedDigests([digest])).toEqual([]);
+        expect(await store.deleteCompute(digest)).toBe(true);
+        expect(await store.deleteCompute(digest)).toBe(false);
+        expect(await store.unreferencedDigests([digest])).toEqual([digest]);
+        await putOne(store, {
+          domainId: DOMAIN,
+          id: null,
+          name: 'same bytes',
+          dataType: 'binary',
+          digest,
+          size: 1,
+          lease: null,
+          replaceByName: false,
+        });
+        expect(await store.unreferencedDigests([digest])).toEqual([]);
       });
     });
 

@@ -1,0 +1,118 @@
+import { expect, test } from 'vitest';
+import { AWAY_AFTER_MS } from './explain.ts';
+import { boundedCapabilities, queueReport } from './queue-report.ts';
+import type { NodeRecord } from './records.ts';
+import type { QueueStanding } from './store.ts';
+
+const NOW = Date.parse('2025-06-01T12:00:00.000Z');
+const ago = (ms: number): string => new Date(NOW - ms).toISOString();
+
+function node(members: Partial<NodeRecord>): NodeRecord {
+  return {
+    id: 'id',
+    name: 'node',
+    mode: 'public',
+    organization_id: 'org',
+    wallet: '0x1',
+    capabilities: ['/a/v1'],
+    labels: {},
+    version: null,
+    max_concurrency: 2,
+    created_at: ago(1e6),
+    registered_at: ago(1e6),
+    last_seen_at: ago(1000),
+    active_leases: 0,
+    ...members,
+  };
+}
+
+function queue(members: Partial<QueueStanding>): QueueStanding {
+  return {
+    capability: '/a/v1',
+    filters: {},
+    mode: 'public',
+    organizationId: 'org',
+    ready: 1,
+    blocked: 0,
+    delayed: 0,
+    held: 0,
+    oldestReadyAgeMs: 500,
+    ...members,
+  };
+}
+
+test('a queue is told with the nodes that may take from it and are there', () => {
+  const nodes = [
+    node({ labels: { gpu: 'yes' }, active_leases: 1 }),
+    node({}),
+    node({ last_seen_at: ago(AWAY_AFTER_MS) }),
+    node({ last_seen_at: ago(AWAY_AFTER_MS + 1), max_concurrency: 50 }),
+    // It holds a lease, so it is there however long ago it asked.
+    node({ last_seen_at: ago(AWAY_AFTER_MS * 9), active_leases: 2 }),
+    node({ capabilities: ['/b/v1'] }),
+    node({ registered_at: null, capabilities: [] }),
+  ];
+  const report = queueReport(
+    [queue({ ready: 3, held: 3 }), queue({ filters: { gpu: 'yes' }, blocked: 4, oldestReadyAgeMs: 9000 })],
+    nodes,
+    NOW,
+  );
+  expect(report.queues).toEqual([
+    {
+      capability: '/a/v1',
+      capability_filters: {},
+      mode: 'public',
+      organization_id: 'org',
+      ready: 3,
+      blocked: 0,
+      delayed: 0,
+      running: 3,
+      oldest_age_ms: 500,
+      nodes: 4,
+      nodes_away: 1,
+      slots: 8,
+      free_slots: 5,
+    },
+    expect.objectContaining({
+      capability_filters: { gpu: 'yes' },
+      blocked: 4,
+      nodes: 1,
+      slots: 2,
+      free_slots: 1,
+    }),
+  ]);
+  expect(report.capabilities).toEqual([
+    {
+      capability: '/a/v1',
+      ready: 4,
+      blocked: 4,
+      delayed: 0,
+      running: 3,
+      oldest_age_ms: 9000,
+      nodes: 4,
+      nodes_away: 1,
+      slots: 8,
+      free_slots: 5,
+    },
+    expect.objectContaining({ capability: '/b/v1', ready: 0, oldest_age_ms: null, nodes: 1 }),
+  ]);
+});
+
+test('metrics name what nodes offer, a hundred at most; what only submitters name is summed up', () => {
+  const offered = Array.from({ length: 101 }, (_, index) => `/n${String(index).padStart(3, '0')}/v1`);
+  const nodes = [node({ capabilities: offered })];
+  const report = queueReport(
+    [
+      queue({ capability: '/wanted/v1', ready: 5, oldestReadyAgeMs: 7000 }),
+      queue({ capability: '/typo/v1', ready: 2, oldestReadyAgeMs: null }),
+      queue({ capability: '/n100/v1', ready: 1, oldestReadyAgeMs: 8000 }),
+      queue({ capability: '/n099/v1', ready: 9 }),
+    ],
+    nodes,
+    NOW,
+  );
+  const entries = boundedCapabilities(report, nodes);
+  expect(entries).toHaveLength(101);
+  expect(entries.at(-1)).toMatchObject({ capability: 'other', ready: 8, oldest_age_ms: 8000, nodes: 0 });
+  expect(entries.at(-2)).toMatchObject({ capability: '/n099/v1', ready: 9, nodes: 1 });
+});

@@ -1,0 +1,225 @@
+/** Nodes, their identity, nonces and settings in PostgreSQL. */
+import { timingSafeEqual } from 'node:crypto';
+import { MillraceError } from '@millrace/runner';
+import type { JsonObject } from '@millrace/runner';
+import type { NodeRecord } from '../records.ts';
+import { NODE_ONLINE_MS } from '../store.ts';
+import type { NewNode, NodeRegistration, Nonce } from '../store.ts';
+import { sql } from './postgres-database.ts';
+import type { Database } from './postgres-database.ts';
+import { isDuplicate } from './postgres-errors.ts';
+import { NODE_COLUMNS, nodeOf, storable } from './postgres-rows.ts';
+import type { NodeRow, StoredNode } from './postgres-rows.ts';
+import { MAX_NONCES } from './sqlite-nodes.ts';
+import { isoTime, isoTimeOrNull } from './time.ts';
+
+/** A node that keeps asking is noted as seen no more often than this. */
+const SEEN_EVERY_MS = 5000;
+
+type HeldNode = StoredNode & { readonly held: number };
+
+const HELD = '(SELECT count(*) FROM open_tasks o WHERE o.node_id = n.id) AS held';
+const INSERT_NODE = sql(`
+  INSERT INTO nodes AS n (id, name, mode, organization_id, secret_hash, created_at) VALUES ($1, $2, $3, $4, $5, millis($6))
+  RETURNING ${NODE_COLUMNS}`);
+const LOCK_NODE = sql(`SELECT ${NODE_COLUMNS} FROM nodes n WHERE n.id = $1 FOR NO KEY UPDATE`);
+const HELD_BY = sql('SELECT count(*) AS held FROM open_tasks WHERE node_id = $1');
+const OWNER = sql('SELECT id FROM nodes WHERE wallet = $1');
+const REGISTER = sql(`
+  UPDATE nodes AS n SET wallet = $2, capabilities = $3, labels = $4, version = $5, max_concurrency = $6, registered_at = $7
+  WHERE n.id = $1 RETURNING ${NODE_COLUMNS}`);
+const BY_ID = sql(`SELECT ${NODE_COLUMNS}, ${HELD} FROM nodes n WHERE n.id = $1`);
+const BY_WALLET = sql(`SELECT ${NODE_COLUMNS}, ${HELD} FROM nodes n WHERE n.wallet = $1`);
+const ALL = sql(`SELECT ${NODE_COLUMNS}, ${HELD} FROM nodes n ORDER BY n.created_at, n.id`);
+const WANTS_TOUCH = sql(`
+  SELECT 1 FROM nodes WHERE id = $1 AND (last_seen_at IS NULL OR last_seen_at <= millis($2) - ${SEEN_EVERY_MS})`);
+const TOUCH = sql('UPDATE nodes SET last_seen_at = millis($2) WHERE id = $1');
+
+const PUT_NONCE = sql(`
+  INSERT INTO nonces (nonce, body, expires_at)
+  SELECT $1, $2, $3 WHERE (SELECT count(*) FROM nonces) < ${MAX_NONCES} ON CONFLICT (nonce) DO NOTHING`);
+const HAS_NONCE = sql('SELECT 1 FROM nonces WHERE nonce = $1');
+const TAKE_NONCE = sql('DELETE FROM nonces WHERE nonce = $1 RETURNING body, expires_at > millis($2) AS live');
+const EXPIRE_NONCES = sql('DELETE FROM nonces WHERE expires_at <= millis($1)');
+
+const SETTING = sql('SELECT value FROM settings WHERE name = $1');
+const MAKE_SETTING = sql('INSERT INTO settings (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING');
+
+export class Nodes {
+  readonly #database: Database;
+  readonly #newId: () => string;
+
+  constructor(database: Database, newId: () => string) {
+    this.#database = database;
+    this.#newId = newId;
+  }
+
+  async create({ name, mode, organizationId, secretHash }: NewNode): Promise<NodeRecord> {
+    const id = this.#newId();
+    const [row] = await this.#database.transaction('call', (transaction) =>
+      transaction.change<StoredNode>(INSERT_NODE, [
+        id,
+        storable(name),
+        mode,
+        organizationId,
+        secretHash,
+        transaction.given,
+      ]),
+    );
+    if (!row) throw new MillraceError('internal', `node ${id} was not made`);
+    return recordOf(nodeOf(row), 0);
+  }
+
+  async hasSecret(nodeId: string, secretHash: string): Promise<boolean> {
+    const [row] = await this.#database.rows<StoredNode>(BY_ID, [nodeId]);
+    return row !== undefined && sameText(row.secretHash, secretHash);
+  }
+
+  /** @throws MillraceError `unauthenticated`, `already_exists`, `invalid_argument` */
+  async register(registration: NodeRegistration): Promise<NodeRecord> {
+    const { nodeId, capabilities, labels, version } = registration;
+    const wallet = registration.wallet.toLowerCase();
+    const maxConcurrency = registration.maxConcurrency ?? 1;
+    const taken = (): MillraceError =>
+      new MillraceError('already_exists', `wallet ${wallet} belongs to another node; use a key per node`);
+    return await this.#database.transaction('call', async (transaction) => {
+      const [[row], [lease], [owner]] = await Promise.all([
+        transaction.rows<StoredNode>(LOCK_NODE, [nodeId]),
+        // After the lock: a lease for this node needs it too.
+        transaction.rows<{ held: number }>(HELD_BY, [nodeId]),
+        transaction.rows<{ id: string }>(OWNER, [wallet]),
+      ]);
+      // One answer for both, so that ids cannot be probed.
+      if (!row || !sameText(row.secretHash, registration.secretHash)) {
+        throw new MillraceError(
+          'unauthenticated',
+          `node id ${nodeId} and its registration secret do not match`,
+        );
+      }
+      if (owner && owner.id !== nodeId) throw taken();
+      const held = lease?.held ?? 0;
+      const online = held > 0 || transaction.now - (row.lastSeenAt ?? -Infinity) < NODE_ONLINE_MS;
+      if (row.wallet !== null && row.wallet !== wallet && online) {
+        throw new MillraceError(
+          'already_exists',
+          `node ${nodeId} is online with another wallet; stop that node first, or make credentials for this one`,
+        );
+      }
+      if (!Number.isSafeInteger(maxConcurrency) || maxConcurrency < 1) {
+        throw new MillraceError(
+          'invalid_argument',
+          `max_concurrency must be an integer of at least 1, got ${maxConcurrency}`,
+        );
+      }
+      try {
+        const [registered] = await transaction.change<StoredNode>(REGISTER, [
+          nodeId,
+          wallet,
+          JSON.stringify(capabilities),
+          JSON.stringify(labels),
+          storable(version),
+          maxConcurrency,
+          transaction.now,
+        ]);
+        return recordOf(nodeOf(registered ?? row), held);
+      } catch (error) {
+        // Registered by another dispatcher since it was looked up.
+        throw isDuplicate(error, 'nodes_wallet') ? taken() : error;
+      }
+    });
+  }
+
+  async get(id: string): Promise<NodeRecord | null> {
+    const [row] = await this.#database.rows<HeldNode>(BY_ID, [id]);
+    return row ? recordOf(nodeOf(row), row.held) : null;
+  }
+
+  async byWallet(wallet: string): Promise<NodeRecord | null> {
+    const [row] = await this.#database.rows<HeldNode>(BY_WALLET, [wallet.toLowerCase()]);
+    return row ? recordOf(nodeOf(row), row.held) : null;
+  }
+
+  async list(): Promise<NodeRecord[]> {
+    const rows = await this.#database.rows<HeldNode>(ALL, []);
+    return rows.map((row) => recordOf(nodeOf(row), row.held));
+  }
+
+  async touch(id: string): Promise<void> {
+    const wanted = await this.#database.rows(WANTS_TOUCH, [id, this.#database.given]);
+    if (wanted.length === 0) return;
+    await this.#database.transaction('call', (transaction) =>
+      transaction.count(TOUCH, [id, transaction.given]),
+    );
+  }
+
+  /** @throws MillraceError `resource_exhausted`, `already_exists` */
+  async putNonce(nonce: Nonce): Promise<void> {
+    const values = [nonce.nonce, JSON.stringify(nonce), nonce.expiresAtMs] as const;
+    for (const last of [false, true]) {
+      const made = await this.#database.transaction('call', (transaction) =>
+        transaction.count(PUT_NONCE, values),
+      );
+      if (made > 0) return;
+      if ((await this.#database.rows(HAS_NONCE, [nonce.nonce])).length > 0) {
+        throw new MillraceError('already_exists', `nonce ${nonce.nonce} was given out before`);
+      }
+      if (!last) await this.expireNonces();
+    }
+    throw new MillraceError(
+      'resource_exhausted',
+      `at most ${MAX_NONCES} logins may be under way at once; try again in a minute`,
+      { retryable: true, details: { limit: 'nonces', value: MAX_NONCES } },
+    );
+  }
+
+  async takeNonce(nonce: string): Promise<Nonce | null> {
+    const [row] = await this.#database.transaction('call', (transaction) =>
+      transaction.change<{ body: string; live: boolean }>(TAKE_NONCE, [nonce, transaction.given]),
+    );
+    return row?.live ? (JSON.parse(row.body) as Nonce) : null;
+  }
+
+  async expireNonces(): Promise<void> {
+    await this.#database.transaction('call', (transaction) =>
+      transaction.count(EXPIRE_NONCES, [transaction.given]),
+    );
+  }
+
+  async setting(name: string, create: () => JsonObject): Promise<JsonObject> {
+    const read = async (): Promise<JsonObject | null> => {
+      const [row] = await this.#database.rows<{ value: string }>(SETTING, [name]);
+      return row ? (JSON.parse(row.value) as JsonObject) : null;
+    };
+    const known = await read();
+    if (known) return known;
+    const value = JSON.stringify(create());
+    await this.#database.transaction('call', (transaction) => transaction.count(MAKE_SETTING, [name, value]));
+    const kept = await read();
+    if (!kept) throw new MillraceError('internal', `setting ${name} was not kept`);
+    return kept;
+  }
+}
+
+function recordOf(node: NodeRow, activeLeases: number): NodeRecord {
+  return {
+    id: node.id,
+    name: node.name,
+    mode: node.mode,
+    organization_id: node.organizationId,
+    wallet: node.wallet,
+    capabilities: node.capabilities,
+    labels: node.labels,
+    version: node.version,
+    max_concurrency: node.maxConcurrency,
+    created_at: isoTime(node.createdAt),
+    registered_at: isoTimeOrNull(node.registeredAt),
+    last_seen_at: isoTimeOrNull(node.lastSeenAt),
+    active_leases: activeLeases,
+  };
+}
+
+/** Compares without telling by its time how much is equal. */
+function sameText(a: string, b: string): boolean {
+  const [left, right] = [Buffer.from(a), Buffer.from(b)];
+  return left.length === right.length && timingSafeEqual(left, right);
+}
