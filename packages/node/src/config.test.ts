@@ -192,7 +192,7 @@ describe('parseNodeEnv', () => {
     ['REQUEST_TIMEOUT_SECS', '18446744073709551616', 'invalid integer in REQUEST_TIMEOUT_SECS'],
     ['POLL_BACKOFF_MS_MIN', '1e3', 'invalid integer in POLL_BACKOFF_MS_MIN'],
     ['TOKEN_REAUTH_MAX_RETRIES', '4294967296', 'invalid integer in TOKEN_REAUTH_MAX_RETRIES'],
-    ['MAX_CONCURRENCY', '0', 'invalid integer in MAX_CONCURRENCY: must be a whole number from 1 to'],
+    ['MAX_CONCURRENCY', '-1', 'invalid integer in MAX_CONCURRENCY: must be a whole number from 0 to'],
     ['MAX_CONCURRENCY', '4294967296', 'invalid integer in MAX_CONCURRENCY'],
     ['HEARTBEAT_MIN_RATIO', 'quarter', 'invalid float in HEARTBEAT_MIN_RATIO'],
     ['HEARTBEAT_MIN_RATIO', 'nan', 'invalid float in HEARTBEAT_MIN_RATIO'],
@@ -224,6 +224,7 @@ describe('parseNodeEnv', () => {
     ['REGISTER_MAX_RETRY', '2147483647', 'registerMaxRetry', 2_147_483_647],
     ['TOKEN_REAUTH_MAX_RETRIES', '4294967295', 'tokenReauthMaxRetries', 4_294_967_295],
     ['TOKEN_REAUTH_MAX_RETRIES', '0', 'tokenReauthMaxRetries', 0],
+    ['MAX_CONCURRENCY', '0', 'maxConcurrency', 1],
     ['MAX_CONCURRENCY', '4294967295', 'maxConcurrency', 4_294_967_295],
     ['TOKEN_SAFETY_RATIO', '-0.5', 'tokenSafetyRatio', 0],
     ['TOKEN_SAFETY_RATIO', '1.5', 'tokenSafetyRatio', 1],
@@ -259,7 +260,7 @@ describe('parseNodeEnv', () => {
     [{ LOG_LEVEL: 'warn', RUST_LOG: 'debug' }, 'warn'],
     [{ RUST_LOG: 'debug' }, 'debug'],
     [{ LOG_LEVEL: ' ', RUST_LOG: 'error' }, 'error'],
-    [{ LOG_LEVEL: 'hyper=warn, DEBUG,info' }, 'debug'],
+    [{ LOG_LEVEL: 'info, DEBUG,hyper=warn' }, 'debug'],
     [{ LOG_LEVEL: 'trace' }, 'debug'],
     [{ LOG_LEVEL: 'off' }, 'off'],
     [{ RUST_LOG: 'hyper=warn' }, 'info'],
@@ -309,6 +310,7 @@ describe('describeConfig', () => {
     const entries = describeConfig({
       ...REQUIRED,
       REQUEST_TIMEOUT_SECS: '0',
+      MAX_CONCURRENCY: '0',
       RUST_LOG: 'debug',
       CLIENT_ID: ' ',
       http_proxy: 'http://user:pass@proxy:3128',
@@ -335,7 +337,7 @@ describe('describeConfig', () => {
       { name: 'TOKEN_REAUTH_JITTER_MS', value: 500, source: null },
       { name: 'REGISTER_INTERVAL_SECS', value: 120, source: null },
       { name: 'REGISTER_MAX_RETRY', value: -1, source: null },
-      { name: 'MAX_CONCURRENCY', value: 1, source: null },
+      { name: 'MAX_CONCURRENCY', value: 1, source: 'MAX_CONCURRENCY' },
       { name: 'LOG_FORMAT', value: 'json', source: null },
       { name: 'ENABLE_NOOP', value: false, source: null },
       { name: 'NOOP_SLEEP_SECS', value: 5, source: null },
@@ -348,6 +350,17 @@ describe('describeConfig', () => {
     ]);
     expect(JSON.stringify(entries)).not.toContain(KEY.slice(0, 16));
     expect(JSON.stringify(entries)).not.toContain(SECRET.slice(0, 16));
+  });
+
+  test.each([
+    ['v1.2.3', '1.2.3'],
+    ['dev', ENGINE_VERSION],
+  ])('the version shown for %s is the one that is registered', (configured, registered) => {
+    expect(describeConfig({ ...REQUIRED, NODE_VERSION: configured })).toContainEqual({
+      name: 'NODE_VERSION',
+      value: registered,
+      source: 'NODE_VERSION',
+    });
   });
 
   test('an environment with problems is refused as when it is parsed', () => {
@@ -377,6 +390,10 @@ describe('describeConfig', () => {
       name,
       inWords[name] ?? String(value),
     ]);
+    // Read by the command and not by the node.
+    for (const name of ['MILLRACE_METRICS', 'MILLRACE_METRICS_BUCKETS', 'OTEL_EXPORTER_OTLP_ENDPOINT']) {
+      rows.delete(name);
+    }
     expect(Object.fromEntries(rows)).toEqual({ ...Object.fromEntries(expected), RUST_LOG: 'unset' });
   });
 });

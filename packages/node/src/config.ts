@@ -10,7 +10,7 @@
 import { MillraceError, type LogLevel } from '@millrace/runner';
 import { walletAddress, type ProxySettings } from '@millrace/dispatch/client';
 import { z } from 'zod';
-import { ENGINE_VERSION } from './version.ts';
+import { ENGINE_VERSION, registrationVersion } from './version.ts';
 
 /** What a node needs to know. Made by {@link parseNodeEnv}; durations are milliseconds. */
 export interface NodeConfig {
@@ -136,8 +136,7 @@ const VARIABLES = {
   TOKEN_REAUTH_JITTER_MS: strict('500', integer('TOKEN_REAUTH_JITTER_MS', 0n, U64_MAX)),
   REGISTER_INTERVAL_SECS: lenient('120', integer('REGISTER_INTERVAL_SECS', 0n, U64_MAX)),
   REGISTER_MAX_RETRY: lenient('-1', retryLimit('REGISTER_MAX_RETRY')),
-  // The reference reads 0 and ignores it; a node that obeys it would never lease.
-  MAX_CONCURRENCY: strict('1', integer('MAX_CONCURRENCY', 1n, U32_MAX)),
+  MAX_CONCURRENCY: strict('1', integer('MAX_CONCURRENCY', 0n, U32_MAX)),
   LOG_FORMAT: lenient(
     'json',
     z.string().transform((text) => (text.toLowerCase() === 'text' ? ('text' as const) : ('json' as const))),
@@ -149,7 +148,7 @@ const VARIABLES = {
   // A filter that a Rust program refuses only loses it its logs; so anything is accepted here.
   RUST_LOG: lenient(
     'info',
-    z.string().transform((text) => levelOf(text) ?? 'info'),
+    z.string().transform((text) => logLevelOf(text) ?? 'info'),
   ),
   // Not the node's own, but those of every program on the machine; what others make of them is no error here either.
   HTTP_PROXY: optional(z.string().transform(proxyUrl)),
@@ -192,7 +191,8 @@ export function parseNodeEnv(env: Env): NodeConfig {
     tokenReauthJitterMs: values.TOKEN_REAUTH_JITTER_MS,
     registerIntervalMs: secondsToMs(Math.max(1, values.REGISTER_INTERVAL_SECS)),
     registerMaxRetry: values.REGISTER_MAX_RETRY,
-    maxConcurrency: values.MAX_CONCURRENCY,
+    // The reference reads it and does one task at a time, also with 0; a node that obeys 0 would never lease.
+    maxConcurrency: Math.max(1, values.MAX_CONCURRENCY),
     logFormat: values.LOG_FORMAT,
     logLevel: values.LOG_LEVEL ?? values.RUST_LOG,
     enableNoop: values.ENABLE_NOOP,
@@ -218,8 +218,10 @@ export function describeConfig(env: Env): readonly ConfigEntry[] {
   const shown: Readonly<Record<Name, ConfigEntry['value']>> = {
     ...values,
     REQUEST_TIMEOUT_SECS: config.requestTimeoutMs / 1000,
+    NODE_VERSION: registrationVersion(config.nodeVersion),
     TOKEN_SAFETY_RATIO: config.tokenSafetyRatio,
     REGISTER_INTERVAL_SECS: config.registerIntervalMs / 1000,
+    MAX_CONCURRENCY: config.maxConcurrency,
     LOG_LEVEL: config.logLevel,
     REG_SECRET: '<redacted>',
     SECP256K1_PRIVHEX: `<redacted> (wallet ${walletAddress(config.privateKeyHex)})`,
@@ -375,7 +377,7 @@ function privateKey(): z.ZodType<string, string> {
 
 function logLevel(name: string): z.ZodType<LogLevel | 'off', string> {
   return z.string().transform((text, context) => {
-    const level = levelOf(text);
+    const level = logLevelOf(text);
     if (level !== null) return level;
     return refuse(
       context,
@@ -385,12 +387,15 @@ function logLevel(name: string): z.ZodType<LogLevel | 'off', string> {
   });
 }
 
-/** Of a filter such as `debug,hyper=warn` the first part that names no module; null when no part is a level. */
-function levelOf(filter: string): LogLevel | 'off' | null {
+/**
+ * Of a filter such as `debug,hyper=warn` the last part that names no module, as Rust programs read it; null when no part is
+ * a level.
+ */
+export function logLevelOf(filter: string): LogLevel | 'off' | null {
   const bare = filter
     .split(',')
     .map((part) => part.trim().toLowerCase())
-    .find((part) => Object.hasOwn(LEVELS, part));
+    .findLast((part) => Object.hasOwn(LEVELS, part));
   return bare === undefined ? null : LEVELS[bare]!;
 }
 

@@ -12,7 +12,7 @@ import { SimulatedClock, seededRandom } from '@millrace/runner/testing';
 import type { Features, ReceivedLease } from '@millrace/dispatch/client';
 import { Engine } from './engine.ts';
 import { noopMetrics } from './metrics.ts';
-import { RunnerRouter } from './router.ts';
+import { Roster } from './routing/roster.ts';
 import {
   ScriptedDms,
   envelope,
@@ -74,7 +74,7 @@ async function bench(options: BenchOptions = {}): Promise<Bench> {
   });
   const engine = new Engine({
     dms,
-    router: new RunnerRouter([runner]),
+    router: new Roster([runner]),
     openStorage: () => ({
       input: {} as InputSource,
       output: {} as ArtifactSink,
@@ -559,7 +559,7 @@ describe('stopping', () => {
     const dms = new ScriptedDms(clock);
     const engine = new Engine({
       dms,
-      router: new RunnerRouter([defineRunner({ capability: 'a', run: () => Promise.resolve() })]),
+      router: new Roster([defineRunner({ capability: 'a', run: () => Promise.resolve() })]),
       openStorage: () => {
         throw new Error('not reached');
       },

@@ -16,10 +16,12 @@
 import { setMaxListeners } from 'node:events';
 import { MillraceError, TaskAbort, describeError, sleep, type Timer } from '@millrace/runner';
 import { NO_FEATURES, type Features, type LeaseResult, type ReceivedLease } from '@millrace/dispatch/client';
+import { supervisionMetrics } from './metrics.ts';
 import { backoffMs, callWithin } from './retry.ts';
 import { Session, type SessionEnding, type SessionWorld } from './session.ts';
+import { LogShipper } from './task-log.ts';
 
-export interface EngineOptions extends Omit<SessionWorld, 'features' | 'abandoned'> {
+export interface EngineOptions extends Omit<SessionWorld, 'features' | 'abandoned' | 'logs'> {
   /** Leases held at once. */
   readonly maxConcurrency: number;
   /** Pause between requests for work when there was none: uniform between the two, in either order. */
@@ -59,6 +61,7 @@ export class Engine {
   /** Called when a session began or ended. */
   readonly #listeners = new Set<() => void>();
   #features: Features = NO_FEATURES;
+  #logs: LogShipper | null = null;
   #state: EngineState = 'idle';
   #step: 'none' | 'drain' | 'abort' | 'kill' | 'abandon' = 'none';
   #stepTimer: Timer | null = null;
@@ -87,13 +90,20 @@ export class Engine {
 
   /** Leases and runs tasks until stopped; resolves when every session has ended and the runners are closed. Once. */
   async run(): Promise<void> {
-    const { clock, log, router, stopping } = this.#options;
+    const { clock, log, router, stopping, metrics, maxConcurrency } = this.#options;
+    metrics.recordSlots?.(maxConcurrency);
+    supervisionMetrics(metrics).observePhases(() => {
+      // What has ended is the dispatcher's to remember.
+      const pending = Math.min(router.slots.waiting, this.active);
+      return { pending, running: this.active - pending };
+    });
     if (this.#state === 'idle') this.#state = 'running';
     const watching = this.#watch();
     await this.#lease();
     while (this.#sessions.size > 0) await this.#change();
     this.#over.abort();
     await watching;
+    await this.#logs?.close();
     this.#stepTimer?.cancel();
     // Closing is bounded like the steps before it.
     const limit = clock.setTimer(() => this.#abandoned.abort(), stopping.killMs);
@@ -116,6 +126,8 @@ export class Engine {
           drain_ms: stopping.drainMs,
         });
         this.#draining.abort(new MillraceError('canceled', 'the node is stopping'));
+        // What waits for a slot or for its next try is another node's from now on.
+        router.slots.close();
         this.#stopLater(stopping.drainMs);
         break;
       case 'drain':
@@ -213,7 +225,12 @@ export class Engine {
   #open(result: LeaseResult & { kind: 'leases' }): void {
     // Granted while the stop request was on its way: they are given back unopened.
     const stopping = this.#draining.signal.aborted;
-    const world = { ...this.#options, features: this.#features, abandoned: this.#abandoned.signal };
+    const world = {
+      ...this.#options,
+      features: this.#features,
+      logs: this.#logShipper(),
+      abandoned: this.#abandoned.signal,
+    };
     for (const lease of result.leases) {
       const session = new Session(lease, world);
       this.#sessions.add(session);
@@ -221,6 +238,22 @@ export class Engine {
       void this.#follow(session, lease);
     }
     this.#notify();
+  }
+
+  /** Null: the dispatcher keeps no logs. */
+  #logShipper(): LogShipper | null {
+    const { taskLogBytes = 0, leaseIds, batchItems } = this.#features;
+    if (taskLogBytes === 0 || !leaseIds) return null;
+    const { dms, clock, random, log, heartbeat } = this.#options;
+    return (this.#logs ??= new LogShipper({
+      dms,
+      maxBytes: taskLogBytes,
+      batchItems,
+      requestTimeoutMs: heartbeat.requestTimeoutMs,
+      clock,
+      random,
+      log,
+    }));
   }
 
   async #follow(session: Session, lease: ReceivedLease): Promise<void> {

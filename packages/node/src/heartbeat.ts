@@ -93,6 +93,8 @@ export interface HeartbeatOptions {
    * kept alive until the work is really gone. Others are told everything each time, and nothing after a cancel.
    */
   readonly leaseIds: boolean;
+  /** Events are in the attempt's log as well, and marked so. Default false. */
+  readonly logged?: boolean;
   readonly clock: Clock;
   readonly random: Random;
   readonly log: Logger;
@@ -329,7 +331,7 @@ export class Heartbeats {
   }
 
   async #attempts(deadline: number): Promise<HeartbeatReply> {
-    const { dms, clock, random, log, settings } = this.#options;
+    const { dms, clock, random, log, settings, logged = false } = this.#options;
     if (this.#closed) throw CLOSED;
     const closed = (this.#closing ??= new AbortController()).signal;
     for (let failures = 1; ; failures += 1) {
@@ -337,12 +339,13 @@ export class Heartbeats {
       this.#lastSentAt = clock.monotonic();
       const timeoutMs = attemptTimeoutMs(deadline - this.#lastSentAt, settings.requestTimeoutMs);
       const { progress, events } = body;
+      const mark = logged && events.length > 0 ? { logged } : {};
       try {
         const reply = await callWithin(
           clock,
           timeoutMs,
           'heartbeat',
-          (signal) => dms.heartbeat(this.#lease, { progress, events }, { signal }),
+          (signal) => dms.heartbeat(this.#lease, { progress, events, ...mark }, { signal }),
           closed,
         );
         this.#delivered(body);
@@ -421,7 +424,7 @@ export class Heartbeats {
   #apply(reply: HeartbeatReply): void {
     const taskId = reply.task?.id ?? reply.task_id;
     if (taskId !== null && taskId !== this.#lease.taskId) this.#lease = { ...this.#lease, taskId };
-    this.#leaseExpiresAt = reply.lease_expires_at ?? this.#leaseExpiresAt;
+    this.#leaseExpiresAt = reply.lease_expires_at ?? reply.task?.lease_expires_at ?? this.#leaseExpiresAt;
     this.#rearm(reply.serverTimeMs);
     this.#options.onReply(reply);
     if (this.#canceled) return;

@@ -146,11 +146,14 @@ describe('a node against a dispatcher over HTTP', () => {
       'task.leased',
       'task.running',
       'task.progress',
-      'task.log',
       'task.completed',
       'job.completed',
     ]);
-    expect(tasks[0]?.output_cids).toHaveLength(1);
+    const [task] = tasks;
+    expect(task?.output_cids).toHaveLength(1);
+    const { bytes } = await system.requestor.taskLog(task?.id ?? '');
+    const [line = ''] = Buffer.from(bytes).toString().split('\n');
+    expect(JSON.parse(line)).toMatchObject({ level: 'info', text: 'half way', fields: { bytes: 5 } });
     expect(node.state).toBe('running');
     await expect.poll(() => node.active).toBe(0);
     const [root = ''] = await readdir(workDir);
@@ -285,6 +288,44 @@ describe('starting and stopping', () => {
     await expect(node.run()).rejects.toMatchObject({ code: 'failed_precondition' });
   });
 
+  test('tells each runner once that it starts, waits for none of them with tasks, and for all in the end', async () => {
+    const told: string[] = [];
+    const starting = (capability: string, onNodeStart: Runner['onNodeStart']): Runner =>
+      defineRunner({
+        capability,
+        run: () => Promise.resolve(),
+        onNodeStart: async (host) => {
+          told.push(capability);
+          await onNodeStart?.(host);
+        },
+        close: () => Promise.resolve(void told.push(`closed ${capability}`)),
+      });
+    const slow = starting('/test/slow/v1', async ({ signal }) => {
+      await never(signal).catch(() => undefined);
+      told.push('ended');
+    });
+    const { node, ended, log } = await system.node([
+      { runner: slow, labels: { a: '1' } },
+      { runner: slow, labels: { a: '2' } },
+      starting('/test/broken/v1', ({ log: lent }) => {
+        lent.info('hello');
+        return Promise.reject(new Error('no engine'));
+      }),
+    ]);
+    const done = await system.finished(await system.submit('/test/slow/v1'));
+    expect(done.job.status).toBe('completed');
+    node.stop();
+    await ended;
+    expect(told.slice(0, 2)).toEqual(['/test/slow/v1', '/test/broken/v1']);
+    expect(told.slice(2).toSorted()).toEqual(['closed /test/broken/v1', 'closed /test/slow/v1', 'ended']);
+    expect(log.lines).toContainEqual({ level: 'info', message: 'hello', fields: {} });
+    expect(log.lines).toContainEqual({
+      level: 'warn',
+      message: 'a runner is not ready yet; its tasks will try again',
+      fields: { capability: '/test/broken/v1', error: 'no engine' },
+    });
+  });
+
   test('a work folder that cannot be used rejects run, and the runners are closed', async () => {
     let closed = 0;
     const { node, ended } = await system.node(
@@ -296,6 +337,24 @@ describe('starting and stopping', () => {
     await expect(ended).rejects.toMatchObject({ code: 'failed_precondition' });
     expect(node.state).toBe('stopped');
     expect(closed).toBe(1);
+  });
+
+  test('has a token at the dispatcher while it runs, and none before and after', async () => {
+    const seen: string[] = [];
+    const { node, ended } = await system.node([
+      runner(async () => {
+        seen.push(await node.tokens.get());
+      }),
+    ]);
+    await system.finished(await system.submit(CAPABILITY));
+    const [token = ''] = seen;
+    const answer = await fetch(`${system.url}/v1/computes/sha256/${'0'.repeat(64)}`, {
+      headers: { authorization: `Bearer ${token}` },
+    });
+    expect(answer.status).toBe(404);
+    node.stop();
+    await ended;
+    await expect(node.tokens.get()).rejects.toThrow('the node is not running');
   });
 
   test('disposing a node that never ran closes its runners', async () => {

@@ -12,8 +12,15 @@ import {
   type Logger,
   type Random,
   type Runner,
+  type Tracer,
 } from '@millrace/runner';
-import { openDomainPool, openHttpDds, openHttpDms, walletAddress } from '@millrace/dispatch/client';
+import {
+  openDomainPool,
+  openHttpDds,
+  openHttpDms,
+  walletAddress,
+  type TokenSource,
+} from '@millrace/dispatch/client';
 import { openCallbacks, type CallbackAddress } from './callbacks.ts';
 import type { NodeConfig } from './config.ts';
 import { Engine } from './engine.ts';
@@ -22,8 +29,10 @@ import { createLogger } from './log.ts';
 import { openLogin } from './login.ts';
 import { noopMetrics, type MetricsBackend } from './metrics.ts';
 import { openRegistration } from './registration.ts';
-import { RunnerRouter, type RunnerRegistration } from './router.ts';
+import { BuildContext } from './routing/build-context.ts';
+import { Roster, type RunnerRegistration } from './routing/roster.ts';
 import { openStoragePorts } from './storage/ports.ts';
+import type { SupervisionOptions } from './supervision/policy.ts';
 import { openWorkspace } from './workspace.ts';
 
 export interface NodeOptions {
@@ -31,6 +40,10 @@ export interface NodeOptions {
   readonly runners: readonly (Runner | RunnerRegistration)[];
   /** Sent with the registration; tasks' `capability_filters` are matched against them. Default none. */
   readonly labels?: Readonly<Record<string, string>>;
+  /** Bounds and defaults of tasks' supervision. Default: one try, and what a task asks for. */
+  readonly supervision?: SupervisionOptions;
+  /** Variables of every program and container that a task names; they win over the task's own. Default none. */
+  readonly env?: Readonly<Record<string, string>>;
   /**
    * Where tasks get their private folders. Left-overs of a crashed node in it are removed at start. Default: a folder
    * of this wallet's under the system's temporary folder.
@@ -55,6 +68,8 @@ export interface NodeOptions {
   readonly callbacks?: CallbackAddress;
   /** Default: measures nothing. */
   readonly metrics?: MetricsBackend;
+  /** Where spans go. Default: nowhere; the trace a lease names reaches the runners all the same. */
+  readonly tracer?: Tracer;
   /** Default: as the configuration says, to standard error. */
   readonly log?: Logger;
   readonly clock?: Clock;
@@ -70,7 +85,12 @@ export interface ComputeNode extends AsyncDisposable {
   /** Tasks under way. */
   readonly active: number;
   /**
-   * Sweeps left-overs, registers, logs in, then leases and runs tasks until stopped. Resolves once everything has
+   * The node's own token at the dispatcher, for runners that fetch what tasks name from it. There is one while the node runs;
+   * before and after, `get` rejects with `failed_precondition`.
+   */
+  readonly tokens: TokenSource;
+  /**
+   * Sweeps left-overs, tells its runners, registers, logs in, then leases and runs tasks until stopped. Resolves once everything has
    * ended and the runners are closed. Called once.
    *
    * @throws MillraceError when it cannot start: the first login is refused, the work folder or the address for callbacks
@@ -99,11 +119,13 @@ export function createNode(options: NodeOptions): ComputeNode {
 
 class Node implements ComputeNode {
   readonly wallet: string;
+  readonly tokens: TokenSource;
   readonly #options: NodeOptions;
-  readonly #router: RunnerRouter;
+  readonly #router: Roster;
   readonly #log: Logger;
   readonly #stopping = new AbortController();
   #engine: Engine | null = null;
+  #login: TokenSource | null = null;
   #running: Promise<void> | null = null;
   #state: 'idle' | 'registering' | 'started' | 'stopped' = 'idle';
 
@@ -111,7 +133,13 @@ class Node implements ComputeNode {
     const { config } = options;
     this.#options = options;
     this.wallet = walletAddress(config.privateKeyHex);
-    this.#router = new RunnerRouter(options.runners, options.labels);
+    this.tokens = {
+      get: async (call) => {
+        if (this.#login !== null) return await this.#login.get(call);
+        throw new MillraceError('failed_precondition', 'the node is not running, so it has no token');
+      },
+      invalidate: (token) => this.#login?.invalidate(token),
+    };
     this.#log =
       options.log ??
       createLogger({
@@ -119,6 +147,15 @@ class Node implements ComputeNode {
         level: config.logLevel,
         secrets: [config.regSecret, config.privateKeyHex],
       });
+    this.#router = new Roster(options.runners, {
+      ...(options.labels !== undefined && { labels: options.labels }),
+      ...(options.supervision !== undefined && { supervision: options.supervision }),
+      context: new BuildContext(
+        Object.entries(options.env ?? {}).map(([key, value]) => ({ key, value })),
+        options.metrics ?? noopMetrics(),
+      ),
+      log: this.#log,
+    });
   }
 
   get state(): NodeState {
@@ -158,11 +195,19 @@ class Node implements ComputeNode {
 
   async #live(): Promise<void> {
     this.#state = 'registering';
+    const ended = new AbortController();
+    const told = this.#router.nodeStarts({
+      log: this.#log,
+      signal: AbortSignal.any([this.#stopping.signal, ended.signal]),
+    });
     try {
       await this.#serve();
     } finally {
+      ended.abort(new MillraceError('canceled', 'the node has ended'));
+      await told;
       // Closed by the engine, unless it never came to that.
       if (this.#engine === null) await this.#router.close(this.#log);
+      this.#login = null;
       this.#state = 'stopped';
     }
   }
@@ -222,6 +267,7 @@ class Node implements ComputeNode {
     await using domains = openDomainPool({ proxy });
     // One for the life of the node: the services charge once per client.
     const clientId = config.clientId ?? `posemesh-compute-node/${randomUUID()}`;
+    this.#login = login;
     const engine = new Engine({
       dms,
       router: this.#router,
@@ -235,6 +281,7 @@ class Node implements ComputeNode {
         }),
       workspace,
       metrics: this.#options.metrics ?? noopMetrics(),
+      ...(this.#options.tracer !== undefined && { tracer: this.#options.tracer }),
       heartbeat: {
         minRatio: config.heartbeatMinRatio,
         maxRatio: config.heartbeatMaxRatio,

@@ -614,6 +614,7 @@ export class ReferenceServer implements AsyncDisposable {
         this.#violation(request, 'content type');
       if (request.body.length > this.#options.partBytes) return text(413, 'part too large');
       const number = Number(params.get('partNumber'));
+      if (number > upload.parts.size + 1) this.#violation(request, 'a part before the one in front of it');
       upload.parts.set(number, request.body);
       return json({ etag: `etag-${number}` });
     }

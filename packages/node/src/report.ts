@@ -4,6 +4,7 @@ import {
   describeError,
   sleep,
   type Clock,
+  type JsonObject,
   type LeaseEnvelope,
   type Logger,
   type Random,
@@ -29,7 +30,12 @@ export type Report =
         readonly details: EndingReport | { readonly stage: SetupStage; readonly error: string };
       };
     }
-  | { readonly kind: 'release'; readonly reason: 'shutdown' | 'canceled' };
+  | {
+      readonly kind: 'release';
+      readonly reason: 'shutdown' | 'canceled';
+      /** Only for a dispatcher that keeps it. */
+      readonly details?: JsonObject;
+    };
 
 export function completeReport(lease: LeaseEnvelope, artifacts: readonly ArtifactReport[]): Report {
   const output_cids = artifacts.flatMap(({ id }) => (id === null ? [] : [id]));
@@ -73,6 +79,14 @@ export function setupFailedReport(stage: SetupStage, error: unknown): Report {
   };
 }
 
+/** The report with what the attempt used, for a dispatcher that takes it. */
+export function withUsage(report: Report, usage: JsonObject): Report {
+  if (report.kind === 'release') return { ...report, details: { usage } };
+  return report.kind === 'complete'
+    ? { ...report, body: { ...report.body, meta: { ...report.body.meta, usage } } }
+    : { ...report, body: { ...report.body, details: { ...report.body.details, usage } } };
+}
+
 function endingReport(lease: LeaseEnvelope, artifacts: readonly ArtifactReport[]): EndingReport {
   const { task } = lease;
   return {
@@ -93,10 +107,13 @@ function endingReport(lease: LeaseEnvelope, artifacts: readonly ArtifactReport[]
 
 /**
  * Whether another attempt would end the same way. Ours say so by their code (their `retryable` is about the same call,
- * not about another attempt on another node), other errors by a `retryable` that is false.
+ * not about another attempt on another node) or by `details.final`, other errors by a `retryable` that is false.
  */
-function isFinal(error: unknown): boolean {
-  if (MillraceError.is(error)) return error.code === 'invalid_argument' || error.code === 'unimplemented';
+export function isFinal(error: unknown): boolean {
+  if (MillraceError.is(error)) {
+    const { code, details } = error;
+    return code === 'invalid_argument' || code === 'unimplemented' || details['final'] === true;
+  }
   return (
     typeof error === 'object' && error !== null && (error as { retryable?: unknown }).retryable === false
   );
@@ -178,7 +195,10 @@ async function send(report: Report, dms: Dms, lease: LeaseHandle, signal: AbortS
     case 'fail':
       return await dms.fail(lease, report.body, { signal });
     case 'release':
-      return await dms.release(lease, report.reason, { signal });
+      return await dms.release(lease, report.reason, {
+        signal,
+        ...(report.details !== undefined && { details: report.details }),
+      });
   }
 }
 
@@ -189,7 +209,7 @@ function refusedCompletion(report: Report & { kind: 'complete' }, error: unknown
     kind: 'fail',
     body: {
       reason: prefix + describeError(error, MAX_REASON_BYTES - prefix.length),
-      details: { job: report.body.meta.job, artifacts: [] },
+      details: { ...report.body.meta, artifacts: [] },
     },
   };
 }

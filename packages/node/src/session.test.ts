@@ -8,17 +8,21 @@ import {
   type ArtifactSink,
   type JsonObject,
   type Runner,
+  type RunnerType,
   type TaskContext,
+  type Tracer,
 } from '@millrace/runner';
 import { SimulatedClock, seededRandom } from '@millrace/runner/testing';
 import type { ArtifactReport, HeartbeatReply, ReceivedLease } from '@millrace/dispatch/client';
 import type { TaskOutcome } from './metrics.ts';
-import { RunnerRouter } from './router.ts';
+import { Roster } from './routing/roster.ts';
 import { Session, type SessionEnding, type StorageRequest } from './session.ts';
+import { LogShipper } from './task-log.ts';
 import {
   ScriptedDms,
   envelope,
   memoryLog,
+  never,
   reply,
   wireError,
   type LogLine,
@@ -42,6 +46,9 @@ interface Bench {
   readonly log: { readonly lines: LogLine[] };
   readonly storage: { opened: StorageRequest | null; closed: number; folderRemoved: number };
   readonly outcomes: (TaskOutcome | 'started')[];
+  /** Runner type and kind. */
+  readonly errors: string[];
+  readonly bytes: (readonly [number, number])[];
   /** What the node does when it gives up on a session. */
   abandon(): void;
   ending: SessionEnding | null;
@@ -52,6 +59,12 @@ interface Bench {
 interface BenchOptions {
   readonly script?: Script;
   readonly run?: Runner['run'];
+  readonly type?: RunnerType;
+  /** The dispatcher takes usage in endings, and the storage counts. */
+  readonly usage?: boolean;
+  /** The dispatcher keeps logs. */
+  readonly logs?: boolean;
+  readonly tracer?: Tracer;
   readonly runners?: readonly Runner[];
   readonly lease?: JsonObject;
   readonly task?: JsonObject;
@@ -66,7 +79,10 @@ function bench(options: BenchOptions = {}): Bench {
   const { ours = false, artifacts = [ARTIFACT] } = options;
   const clock = new SimulatedClock();
   const expiry = (): string => new Date(clock.now() + TTL_MS).toISOString();
-  const features = ours ? { leaseIds: true, startOnLease: true } : {};
+  const features = {
+    ...(ours && { leaseIds: true, startOnLease: true }),
+    endingUsage: options.usage ?? false,
+  };
   const dms = new ScriptedDms(clock, {
     heartbeat: () => reply({ lease_expires_at: expiry() }),
     ...options.script,
@@ -75,8 +91,14 @@ function bench(options: BenchOptions = {}): Bench {
   const log = memoryLog();
   const storage: Bench['storage'] = { opened: null, closed: 0, folderRemoved: 0 };
   const outcomes: Bench['outcomes'] = [];
+  const errors: string[] = [];
+  const bytes: Bench['bytes'] = [];
   const abandoned = new AbortController();
-  const runner = defineRunner({ capability: HELLO, run: options.run ?? (() => Promise.resolve()) });
+  const runner = defineRunner({
+    capability: HELLO,
+    run: options.run ?? (() => Promise.resolve()),
+    ...(options.type !== undefined && { type: options.type }),
+  });
   const received: ReceivedLease = {
     leaseId: ours ? 'lease-1' : null,
     envelope: envelope(
@@ -91,9 +113,10 @@ function bench(options: BenchOptions = {}): Bench {
       batchItems: 0,
       leaseIds: ours,
       startOnLease: ours,
+      endingUsage: options.usage ?? false,
       registrationIntervalSecs: null,
     },
-    router: new RunnerRouter(options.runners ?? [runner]),
+    router: new Roster(options.runners ?? [runner]),
     openStorage(request) {
       options.openStorage?.();
       storage.opened = request;
@@ -101,6 +124,7 @@ function bench(options: BenchOptions = {}): Bench {
         input: {} as InputSource,
         output: {} as ArtifactSink,
         artifacts: () => artifacts,
+        ...(options.usage && { transferred: () => ({ bytesIn: 7, bytesOut: 11 }) }),
         close: () => Promise.resolve(void (storage.closed += 1)),
       };
     },
@@ -113,8 +137,22 @@ function bench(options: BenchOptions = {}): Bench {
     },
     metrics: {
       recordTaskStarted: () => void outcomes.push('started'),
-      recordTaskCompleted: (_capability, outcome) => void outcomes.push(outcome),
+      recordTaskCompleted: (_runner, outcome) => void outcomes.push(outcome),
+      recordRunnerError: (runner, kind) => void errors.push(`${runner} ${kind}`),
+      recordTaskBytes: (bytesIn, bytesOut) => void bytes.push([bytesIn, bytesOut]),
     },
+    ...(options.logs && {
+      logs: new LogShipper({
+        dms,
+        maxBytes: 1 << 20,
+        batchItems: 16,
+        requestTimeoutMs: 60_000,
+        clock,
+        random: seededRandom(2),
+        log,
+      }),
+    }),
+    ...(options.tracer !== undefined && { tracer: options.tracer }),
     heartbeat: { minRatio: 0.25, maxRatio: 0.35, coalesceMs: 250, requestTimeoutMs: 60_000 },
     taskWallMs: options.taskWallMs ?? 86_400_000,
     clock,
@@ -129,6 +167,8 @@ function bench(options: BenchOptions = {}): Bench {
     log,
     storage,
     outcomes,
+    errors,
+    bytes,
     abandon() {
       session.abort(new TaskAbort('shutdown'));
       abandoned.abort();
@@ -192,7 +232,14 @@ describe('a session that goes well', () => {
     const span = { ...JOB, lease_id: 'lease-1', attempt: 2 };
     const { domain_id: _domain, ...identity } = span;
     expect(b.log.lines).toEqual([
-      { level: 'debug', message: 'task started', fields: identity },
+      {
+        level: 'debug',
+        message: 'task started',
+        fields: {
+          ...identity,
+          run_id: expect.stringMatching(/^examples-hello-v1-5b1f3c52-.*-\d+$/) as string,
+        },
+      },
       {
         level: 'info',
         message: 'task ended',
@@ -272,6 +319,90 @@ describe('a session that goes well', () => {
     await b.begin();
     expect(b.ending?.kind).toBe('completed');
     expect(b.clock.monotonic()).toBe(0);
+  });
+
+  describe('where the dispatcher keeps logs', () => {
+    const linesOf = (b: Bench): unknown[] =>
+      b.dms
+        .of('appendLogs')
+        .flatMap(({ pieces }) => pieces)
+        .flatMap(({ lines }) => lines.trimEnd().split('\n'))
+        .map((line) => {
+          const { at, ...rest } = JSON.parse(line) as { readonly at: string };
+          expect(at).toMatch(/^\d{4}-.*Z$/);
+          return rest;
+        });
+
+    test('lines go there, before the ending and with no pause; events go there and with the heartbeat', async () => {
+      const b = bench({
+        ours: true,
+        logs: true,
+        run: async (ctx) => {
+          ctx.log.child({ part: 3 }).warn('odd pixel', { x: 1 });
+          await ctx.ctrl.logEvent({ kind: 'frame' });
+          ctx.log.info('printed', { stream: 'stdout' });
+        },
+      });
+      await b.begin();
+      expect(b.dms.calls.map(({ name }) => name).toSorted()).toEqual(['appendLogs', 'complete', 'heartbeat']);
+      expect(b.dms.calls.at(-1)?.name).toBe('complete');
+      expect(b.clock.monotonic()).toBe(0);
+      expect(linesOf(b)).toEqual([
+        { level: 'warn', text: 'odd pixel', fields: { part: 3, x: 1 } },
+        { event: { kind: 'frame' } },
+        { stream: 'stdout', text: 'printed' },
+      ]);
+      expect(b.dms.of('heartbeat')[0]?.body).toEqual({
+        progress: null,
+        events: [{ kind: 'frame' }],
+        logged: true,
+      });
+    });
+
+    test('a task that says nothing costs nothing', async () => {
+      const b = bench({ ours: true, logs: true });
+      await b.begin();
+      expect(b.dms.calls.map(({ name }) => name)).toEqual(['complete']);
+    });
+
+    test('lines are shipped while the work runs, and a dispatcher that does not take them delays no heartbeat', async () => {
+      const b = bench({
+        ours: true,
+        logs: true,
+        script: { appendLogs: (_pieces, signal) => never(signal) },
+        run: async (ctx) => {
+          for (let i = 0; i < 5_000; i += 1) ctx.log.info(`${i} ${'x'.repeat(1000)}`);
+          await untilAborted(ctx);
+        },
+      });
+      await b.begin();
+      await b.clock.advance(40_000);
+      expect(b.dms.of('appendLogs')).toHaveLength(1);
+      const beats = b.dms.of('heartbeat').length;
+      expect(beats).toBeGreaterThanOrEqual(5);
+      b.session.abort(new TaskAbort('canceled', 'enough'));
+      // The last words have their limit, then the ending is reported all the same.
+      await b.clock.advance(8_000);
+      expect(b.ending).toEqual({ kind: 'canceled', delivery: 'accepted' });
+      expect(b.log.lines.map(({ message }) => message)).toContain('the end of the log was not delivered');
+    });
+
+    test('a lost lease says nothing more', async () => {
+      const b = bench({
+        ours: true,
+        logs: true,
+        run: async (ctx) => {
+          await untilAborted(ctx).catch(() => undefined);
+          ctx.log.info('good bye');
+        },
+      });
+      await b.begin();
+      b.session.abort(new TaskAbort('lease_lost', 'gone'));
+      await b.clock.advance(10_000);
+      expect(b.ending?.kind).toBe('lease_lost');
+      expect(b.dms.of('appendLogs')).toEqual([]);
+      expect(b.clock.pending).toBe(0);
+    });
   });
 
   test('lines of the task log are events of the task and debug lines of the node', async () => {
@@ -788,4 +919,252 @@ test('a session that breaks lets its lease lapse and tidies up', async () => {
     b.log.lines.some(({ level, message }) => level === 'error' && message.startsWith('session broke')),
   ).toBe(true);
   expectTidy(b);
+});
+
+const SUBPROCESS_USAGE = {
+  peak_memory_bytes: 4096,
+  cpu_ms: 12,
+  wall_ms: 1,
+  bytes_in: 1,
+  bytes_out: 1,
+  exit_code: 0,
+  signal: null,
+  sandbox: { asked: { tier: 'auto' }, applied: { tier: 'limits' }, missing: ['network'] },
+};
+const REPORTED = { peak_memory_bytes: 4096, cpu_ms: 12, sandbox: SUBPROCESS_USAGE.sandbox };
+
+describe('what an attempt used', () => {
+  const tellAndWait =
+    (clock: () => SimulatedClock, ms: number): Runner['run'] =>
+    async (ctx) => {
+      await ctx.ctrl.usage!(SUBPROCESS_USAGE);
+      await sleep(clock(), ms, ctx.signal);
+    };
+
+  test('is in the completion, told by the runner and measured by the node, and costs no heartbeat', async () => {
+    const b: Bench = bench({
+      ours: true,
+      usage: true,
+      type: 'subprocess',
+      run: tellAndWait(() => b.clock, 20),
+    });
+    await b.begin();
+    await b.clock.advance(20);
+    expect(b.dms.calls.map(({ name }) => name)).toEqual(['complete']);
+    expect(b.dms.of('complete')[0]?.body.meta).toEqual({
+      job: JOB,
+      artifacts: [ARTIFACT],
+      usage: {
+        ...REPORTED,
+        wall_ms: 20,
+        bytes_in: 7,
+        bytes_out: 11,
+        exit_code: 0,
+        ending: 'completed',
+      },
+    });
+    expect(b.bytes).toEqual([[7, 11]]);
+  });
+
+  test('is an event to a server that does not take it in endings, and only from programs', async () => {
+    for (const [type, events] of [
+      ['subprocess', [{ kind: 'usage', ...SUBPROCESS_USAGE }]],
+      ['container', [{ kind: 'usage', ...SUBPROCESS_USAGE }]],
+      ['embedded', undefined],
+      ['wasm', undefined],
+    ] as const) {
+      const b: Bench = bench({ type, run: (ctx) => ctx.ctrl.usage!(SUBPROCESS_USAGE) });
+      await b.begin();
+      expect(b.dms.of('heartbeat')[1]?.body.events).toEqual(events);
+      expect(b.dms.of('complete')[0]?.body.meta).toEqual({ job: JOB, artifacts: [ARTIFACT] });
+    }
+  });
+
+  test('is in the failure, with how it ended', async () => {
+    const limited = new MillraceError('resource_exhausted', 'too much', {
+      details: {
+        ending: 'out_of_memory',
+        limit: 'memoryBytes',
+        value: 64,
+        evidence: 'cgroup',
+        signal: 'SIGKILL',
+      },
+    });
+    const b = bench({
+      ours: true,
+      usage: true,
+      type: 'subprocess',
+      run: async (ctx) => {
+        await ctx.ctrl.usage!(SUBPROCESS_USAGE);
+        throw limited;
+      },
+    });
+    await b.begin();
+    expect(b.dms.of('fail')[0]?.body.details).toMatchObject({
+      job: JOB,
+      usage: {
+        ...REPORTED,
+        ending: 'out_of_memory',
+        limit: 'memoryBytes',
+        value: 64,
+        evidence: 'cgroup',
+        signal: 'SIGKILL',
+      },
+    });
+  });
+
+  test('the time limit of the node is a deadline with its value', async () => {
+    const b = bench({ ours: true, usage: true, taskWallMs: 500, run: untilAborted });
+    await b.begin();
+    await b.clock.advance(500);
+    expect(b.dms.of('fail')[0]?.body.details).toMatchObject({
+      usage: { ending: 'deadline', limit: 'taskWallMs', value: 500, wall_ms: 500 },
+    });
+    expect(b.outcomes).toEqual(['started', 'timeout']);
+  });
+
+  test('a cancelled attempt says it with its release', async () => {
+    const b: Bench = bench({
+      ours: true,
+      usage: true,
+      type: 'subprocess',
+      run: async (ctx) => {
+        await untilAborted(ctx).catch(() => undefined);
+        await ctx.ctrl.usage!(SUBPROCESS_USAGE);
+      },
+    });
+    await b.begin();
+    b.session.abort(new TaskAbort('canceled'));
+    await b.clock.advance(0);
+    expect(b.dms.of('release')[0]).toMatchObject({
+      reason: 'canceled',
+      details: { usage: { ...REPORTED, ending: 'canceled' } },
+    });
+  });
+
+  test('the last word of a runner counts, and junk in it is left out', async () => {
+    const b = bench({
+      ours: true,
+      usage: true,
+      run: async (ctx) => {
+        await ctx.ctrl.usage!({ cpu_ms: 99, sandbox: { applied: {} } });
+        await ctx.ctrl.usage!({
+          cpu_ms: -1,
+          peak_memory_bytes: 'much',
+          exit_code: 1.5,
+          ending: 'x',
+        });
+        await ctx.ctrl.usage!({ blob: 'x'.repeat(20_000), cpu_ms: 5 });
+      },
+    });
+    await b.begin();
+    expect(b.dms.of('complete')[0]?.body.meta['usage']).toEqual({
+      wall_ms: 0,
+      bytes_in: 7,
+      bytes_out: 11,
+      ending: 'completed',
+    });
+  });
+});
+
+describe('runner errors are counted beside the failure', () => {
+  test.each([
+    [{ ending: 'spawn_failed', errno: 'ENOENT' }, 'spawn_failed'],
+    [{ ending: 'sandbox_failed', control: 'cgroup' }, 'cgroup_prepare_failed'],
+    [{ ending: 'sandbox_failed', control: 'network' }, 'backend_config_failed'],
+    [{ ending: 'load_failed' }, 'module_load_failed'],
+  ])('%j is %s', async (details, kind) => {
+    const b = bench({
+      type: 'subprocess',
+      run: () => Promise.reject(new MillraceError('failed_precondition', 'no', { details })),
+    });
+    await b.begin();
+    expect(b.outcomes).toEqual(['started', 'failure']);
+    expect(b.errors).toEqual([`subprocess ${kind}`]);
+  });
+
+  test('a failure of the task itself is none', async () => {
+    const b = bench({
+      run: () => Promise.reject(new MillraceError('internal', 'no', { details: { ending: 'exit' } })),
+    });
+    await b.begin();
+    expect(b.errors).toEqual([]);
+  });
+});
+
+describe('every start has exactly one completion', () => {
+  test.each([
+    ['success', { run: () => Promise.resolve() }, null],
+    ['failure', { run: () => Promise.reject(new Error('x')) }, null],
+    ['canceled', { run: untilAborted }, 'canceled'],
+    ['canceled', { run: untilAborted }, 'shutdown'],
+    ['canceled', { run: untilAborted }, 'lease_lost'],
+    ['timeout', { run: untilAborted }, 'deadline'],
+    ['failure', { run: untilAborted }, 'limit'],
+    // Gave up on: it never settles.
+    ['canceled', { run: forever }, 'abandon'],
+  ] as const)('%s', async (outcome, options, reason) => {
+    const b = bench({ ...options, ours: true });
+    await b.begin();
+    if (reason === 'abandon') b.abandon();
+    else if (reason !== null) b.session.abort(new TaskAbort(reason));
+    await b.clock.advance(0);
+    expect(b.ending).not.toBeNull();
+    expect(b.outcomes).toEqual(['started', outcome]);
+  });
+});
+
+describe('a trace', () => {
+  const PARENT = '00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01';
+
+  test('is handed to the runner as it came where the node records none', async () => {
+    let seen: string | undefined;
+    const b = bench({
+      lease: { traceparent: PARENT },
+      run: async (ctx) => {
+        seen = ctx.lease.traceparent;
+        await Promise.resolve();
+      },
+    });
+    await b.begin();
+    expect(seen).toBe(PARENT);
+    expect(b.ending?.kind).toBe('completed');
+  });
+
+  test('gets a span for the attempt and one for the run, whose context the runner is handed', async () => {
+    const spans: { name: string; parent: string | null; own: string; ended: unknown }[] = [];
+    const tracer: Tracer = {
+      startSpan(name, { parent }) {
+        const span = {
+          name,
+          parent,
+          own: `00-${'a'.repeat(32)}-${String(spans.length + 1).padStart(16, '0')}-01`,
+          ended: null as unknown,
+        };
+        spans.push(span);
+        return { traceparent: span.own, end: (ending = {}) => void (span.ended ??= ending) };
+      },
+    };
+    let seen: string | undefined;
+    const b = bench({
+      lease: { traceparent: PARENT },
+      tracer,
+      run: (ctx) => {
+        seen = ctx.lease.traceparent;
+        b.storage.opened!.trace!('storage putBytes', {}).end();
+        return Promise.reject(new Error('no luck'));
+      },
+    });
+    await b.begin();
+    const [attempt, run, storage] = spans;
+    expect(spans.map(({ name, parent }) => [name, parent])).toEqual([
+      ['task attempt', PARENT],
+      ['run', attempt!.own],
+      ['storage putBytes', attempt!.own],
+    ]);
+    expect(seen).toBe(run!.own);
+    expect(run!.ended).toEqual({ error: 'no luck' });
+    expect(attempt!.ended).toEqual({ attributes: { 'millrace.ending': 'failed' }, error: 'failed' });
+    expect(storage!.ended).toEqual({});
+  });
 });

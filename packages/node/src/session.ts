@@ -28,6 +28,7 @@
 import { setMaxListeners } from 'node:events';
 import {
   MillraceError,
+  NO_TRACES,
   TaskAbort,
   describeError,
   type ArtifactSink,
@@ -40,25 +41,33 @@ import {
   type LogLevel,
   type Logger,
   type Random,
-  type Runner,
+  type RunnerType,
+  type Span,
   type TaskContext,
   type TaskSpec,
   type Timer,
+  type TraceAttributes,
+  type Tracer,
 } from '@millrace/runner';
 import type { ArtifactReport, Dms, Features, HeartbeatReply, ReceivedLease } from '@millrace/dispatch/client';
+import type { BuiltTask } from '@millrace/runner/plugin';
 import { Heartbeats, type HeartbeatSettings } from './heartbeat.ts';
-import type { MetricsBackend, TaskOutcome } from './metrics.ts';
+import { supervisionMetrics, type MetricsBackend, type TaskOutcome } from './metrics.ts';
 import {
   completeReport,
   deliver,
   noRunnerReport,
   runnerFailedReport,
   setupFailedReport,
+  withUsage,
   type Delivery,
   type Report,
   type SetupStage,
 } from './report.ts';
-import type { RunnerRouter } from './router.ts';
+import type { Roster, Route } from './routing/roster.ts';
+import { supervise, type Try } from './supervision/supervise.ts';
+import type { LogShipper, TaskLog } from './task-log.ts';
+import { UsageRecord, isTimeout, runnerErrorKind, type Verdict } from './usage.ts';
 import type { TaskFolder, Workspace } from './workspace.ts';
 
 export type SessionState =
@@ -80,6 +89,8 @@ export interface SessionStorage {
   readonly output: ArtifactSink;
   /** What was uploaded, one record per logical path. */
   artifacts(): readonly ArtifactReport[];
+  /** Bytes of inputs read and of artifacts written so far. Absent: not counted. */
+  transferred?(): { readonly bytesIn: number; readonly bytesOut: number };
   /** Ends transfers under way; later calls fail with `failed_precondition`. */
   close(): Promise<void>;
 }
@@ -96,6 +107,8 @@ export interface StorageRequest {
   /** Gets a newer domain token from the dispatcher by an early heartbeat. Rejects when the lease is gone. */
   readonly refreshToken: () => Promise<void>;
   readonly folder: TaskFolder;
+  /** Begins a span around one call of a port. Absent: nothing is traced. */
+  readonly trace?: (name: string, attributes: TraceAttributes) => Span;
   /** The task's: transfers under way end when it aborts. */
   readonly signal: AbortSignal;
   readonly log: Logger;
@@ -107,11 +120,15 @@ export type OpenStorage = (request: StorageRequest) => SessionStorage;
 export interface SessionWorld {
   readonly dms: Dms;
   readonly features: Features;
-  readonly router: RunnerRouter;
+  readonly router: Roster;
   readonly openStorage: OpenStorage;
   readonly workspace: Pick<Workspace, 'taskFolder'>;
   readonly metrics: MetricsBackend;
+  /** Default: nothing is traced. */
+  readonly tracer?: Tracer;
   readonly heartbeat: HeartbeatSettings;
+  /** Where lines of the tasks' logs go. Absent: the dispatcher keeps no logs, they go with the heartbeats' events. */
+  readonly logs?: LogShipper | null;
   /** Wall time of one attempt; then it is stopped with reason `deadline` and fails. */
   readonly taskWallMs: number;
   readonly clock: Clock;
@@ -139,11 +156,6 @@ export interface SessionEnding {
   readonly delivery: Delivery | null;
 }
 
-type Verdict =
-  | { readonly kind: 'completed' }
-  | { readonly kind: 'failed'; readonly error: unknown }
-  | { readonly kind: 'aborted'; readonly abort: TaskAbort };
-
 /** Of what is left of the lease, the last words get at most this long; the report matters more. */
 const FLUSH_LIMIT_MS = 5_000;
 const STUCK_LOG_EVERY_MS = 60_000;
@@ -155,6 +167,8 @@ export class Session {
   readonly #world: SessionWorld;
   readonly #log: Logger;
   readonly #heartbeats: Heartbeats;
+  /** Null: log lines are events. */
+  readonly #taskLog: TaskLog | null;
   readonly #folder: TaskFolder;
   readonly #controller = new AbortController();
   #state: SessionState = 'granted';
@@ -164,6 +178,14 @@ export class Session {
   #verdict: Verdict | null = null;
   #leaseLost = false;
   #timers: Timer[] = [];
+  /** The runner is in it. */
+  #try: Try | null = null;
+  /** Of all tries that have ended. */
+  #runMs = 0;
+  readonly #usage = new UsageRecord();
+  readonly #span: Span;
+  /** What was used, once the runner has settled. */
+  #used: JsonObject | null = null;
 
   constructor(received: ReceivedLease, world: SessionWorld) {
     const { envelope, leaseId, serverTimeMs = null } = received;
@@ -180,16 +202,30 @@ export class Session {
       ...(leaseId === null ? {} : { lease_id: leaseId }),
       ...(task.attempts === null ? {} : { attempt: task.attempts }),
     });
+    this.#span = (world.tracer ?? NO_TRACES).startSpan('task attempt', {
+      parent: envelope.traceparent ?? null,
+      kind: 'consumer',
+      attributes: {
+        'millrace.task.id': task.id,
+        'millrace.capability': task.capability,
+        ...(task.job_id !== null && { 'millrace.job.id': task.job_id }),
+        ...(task.attempts !== null && { 'millrace.attempt': task.attempts }),
+      },
+    });
     // A listener per transfer and whatever the runner adds: any number of them is no leak.
     setMaxListeners(0, this.#controller.signal);
     this.#folder = world.workspace.taskFolder(task.id);
+    this.#taskLog =
+      leaseId === null ? null : (world.logs?.open(() => this.#heartbeats.lease, this.#log) ?? null);
     this.#heartbeats = new Heartbeats({
       dms: world.dms,
       lease: { taskId: task.id, leaseId },
-      leaseExpiresAt: envelope.lease_expires_at,
+      // Newer services may name it in the task alone.
+      leaseExpiresAt: envelope.lease_expires_at ?? task.lease_expires_at,
       serverTimeMs,
       settings: world.heartbeat,
       leaseIds: world.features.leaseIds,
+      logged: this.#taskLog !== null,
       clock: world.clock,
       random: world.random,
       log: this.#log,
@@ -227,9 +263,15 @@ export class Session {
       ending = { kind: 'abandoned', delivery: null };
     }
     for (const timer of this.#timers) timer.cancel();
+    this.#taskLog?.end();
     await this.#heartbeats.close();
     await this.#folder.remove();
     this.#enter('ended');
+    const { kind } = ending;
+    this.#span.end({
+      attributes: { 'millrace.ending': kind },
+      ...(kind !== 'completed' && kind !== 'canceled' && kind !== 'skipped' && { error: kind }),
+    });
     return ending;
   }
 
@@ -256,8 +298,8 @@ export class Session {
   async #live(): Promise<SessionEnding> {
     const { router, features } = this.#world;
     const { task } = this.#envelope;
-    let runner = router.pick(task);
-    if (runner === null) {
+    let route = router.pick(task);
+    if (route === null) {
       return await this.#setupFailed(
         'start_session',
         `failed to initialise session: task capability ${task.capability} not in configured set ` +
@@ -274,8 +316,8 @@ export class Session {
         if (this.#verdict === null) return await this.#setupFailed('initial_heartbeat', error);
       }
       if (this.#verdict !== null) return await this.#skip();
-      runner = router.pick(this.#envelope.task);
-      if (runner === null) return await this.#end('failed', noRunnerReport(this.#envelope));
+      route = router.pick(this.#envelope.task);
+      if (route === null) return await this.#end('failed', noRunnerReport(this.#envelope));
     }
 
     let storage: SessionStorage;
@@ -284,15 +326,12 @@ export class Session {
     } catch (error) {
       return await this.#setupFailed('build_ports', error);
     }
-    return await this.#work(runner, storage);
+    return await this.#work(route, storage);
   }
 
-  async #work(runner: Runner, storage: SessionStorage): Promise<SessionEnding> {
+  async #work(route: Route, storage: SessionStorage): Promise<SessionEnding> {
     const { clock, metrics, taskWallMs, abandoned } = this.#world;
     this.#enter('running');
-    this.#log.debug('task started');
-    metrics.recordTaskStarted(runner.capability);
-    const startedAt = clock.monotonic();
     this.#timers.push(
       clock.setTimer(
         () =>
@@ -301,21 +340,18 @@ export class Session {
       ),
     );
     this.#heartbeats.start();
-    const context = this.#context(storage);
-    const settled = (async () => runner.run(context.value))().then(
-      () => void (this.#verdict ??= { kind: 'completed' }),
-      (error: unknown) => {
-        if (this.#verdict === null) this.#verdict = { kind: 'failed', error };
-        else this.#log.debug('the runner rejected after its abort', { error: describeError(error) });
-      },
-    );
+    const settled = this.#perform(route, storage);
     const gaveUp = await abortedFirst(settled, abandoned);
 
     const verdict = this.#verdict;
     if (verdict === null) throw new MillraceError('internal', 'the runner settled without a verdict');
-    metrics.recordTaskCompleted(runner.capability, outcomeOf(verdict), clock.monotonic() - startedAt);
-    context.close();
+    // One that never settled is given up on.
+    this.#try?.end(outcomeOf(verdict), errorOf(verdict));
+    const wallMs = this.#runMs;
     await storage.close();
+    const transferred = storage.transferred?.() ?? null;
+    if (transferred !== null) metrics.recordTaskBytes?.(transferred.bytesIn, transferred.bytesOut);
+    this.#used = this.#usage.report({ wallMs, transferred, verdict, taskWallMs });
     if (gaveUp) {
       this.#log.error('the runner never settled; its lease will lapse', { state: this.#state });
       return { kind: 'abandoned', delivery: null };
@@ -323,6 +359,72 @@ export class Session {
     this.#enter('settled');
     for (const timer of this.#timers.splice(0)) timer.cancel();
     return await this.#judge(verdict, storage.artifacts());
+  }
+
+  /** Prepares the task and runs it as often as it takes; then there is a verdict. Never rejects. */
+  async #perform(route: Route, storage: SessionStorage): Promise<void> {
+    const { clock, random, router, taskWallMs, metrics } = this.#world;
+    const { task: leased } = this.#envelope;
+    let prepared;
+    try {
+      prepared = router.prepare(route, leased, taskWallMs);
+    } catch (error) {
+      this.#verdict ??= { kind: 'failed', error };
+      return;
+    }
+    const { task, supervision } = prepared;
+    await supervise({
+      supervision,
+      runId: task.name,
+      taskId: leased.id,
+      signal: this.#controller.signal,
+      slots: router.slots,
+      begin: (signal, number) => {
+        if (number === 1) this.#log.debug('task started', { run_id: task.name });
+        return this.#begin(task, route.type, storage, signal);
+      },
+      metrics: supervisionMetrics(metrics),
+      clock,
+      random,
+      log: this.#log,
+      emit: (event) => this.#event(event),
+      decided: (verdict) => void (this.#verdict ??= verdict),
+    });
+  }
+
+  /** Enters the runner, once. */
+  #begin(task: BuiltTask, type: RunnerType, storage: SessionStorage, signal: AbortSignal): Try {
+    const { clock, metrics } = this.#world;
+    metrics.recordTaskStarted(type);
+    const startedAt = clock.monotonic();
+    const span = (this.#world.tracer ?? NO_TRACES).startSpan('run', {
+      parent: this.#span.traceparent,
+      attributes: { 'millrace.runner': type },
+    });
+    const context = this.#context(storage, type, span.traceparent, signal);
+    const settled = (async () => task.run(context.value))();
+    settled.catch((error: unknown) => {
+      if (signal.aborted) {
+        this.#log.debug('the runner rejected after its abort', { error: describeError(error) });
+      }
+    });
+    const current: Try = {
+      settled,
+      end: (outcome, error) => {
+        // It was given up on before.
+        if (this.#try !== current) return;
+        this.#try = null;
+        const wallMs = clock.monotonic() - startedAt;
+        this.#runMs += wallMs;
+        metrics.recordTaskCompleted(type, outcome, wallMs);
+        const trouble = runnerErrorKind({ kind: 'failed', error });
+        if (trouble !== null) metrics.recordRunnerError(type, trouble);
+        span.end(outcome === 'success' ? {} : { error: describeError(error, 500) });
+        context.close();
+      },
+    };
+    this.#try = current;
+    return current;
   }
 
   async #judge(verdict: Verdict, artifacts: readonly ArtifactReport[]): Promise<SessionEnding> {
@@ -356,14 +458,22 @@ export class Session {
   }
 
   /** Sends the last words, then the report, and writes the one line about it. */
-  async #end(kind: SessionEnding['kind'], report: Report | null, error?: unknown): Promise<SessionEnding> {
+  async #end(kind: SessionEnding['kind'], plain: Report | null, error?: unknown): Promise<SessionEnding> {
     const { clock, random, dms, features, heartbeat, abandoned } = this.#world;
+    const used = features.endingUsage === true ? this.#used : null;
+    const report = plain === null || used === null ? plain : withUsage(plain, used);
     const canRelease = features.leaseIds;
     let delivery: Delivery | null = null;
     if (this.#state === 'settled' && (report?.kind !== 'release' || canRelease)) {
       const leftMs = this.#heartbeats.deadline(clock.monotonic()) - clock.monotonic();
-      const undelivered = await this.#heartbeats.flush(Math.min(FLUSH_LIMIT_MS, leftMs / 3));
+      const limitMs = Math.min(FLUSH_LIMIT_MS, leftMs / 3);
+      const [undelivered, missing = 0] = await Promise.all([
+        this.#heartbeats.flush(limitMs),
+        // Without a report the lease is lost, and with it the log.
+        report === null ? 0 : this.#taskLog?.flush(limitMs),
+      ]);
       if (undelivered > 0) this.#log.warn('events were not delivered', { events: undelivered });
+      if (missing > 0) this.#log.warn('the end of the log was not delivered', { bytes: missing });
     }
     this.#enter('reporting');
     // What a heartbeat learned meanwhile: the task has another owner, and nothing of ours is to reach it.
@@ -419,14 +529,37 @@ export class Session {
       token: () => this.#token,
       refreshToken: () => this.#heartbeats.beat(),
       folder: this.#folder,
+      ...(this.#world.tracer !== undefined && { trace: this.#trace }),
       signal: this.#controller.signal,
       log: this.#log,
     });
   }
 
-  #context(storage: SessionStorage): { readonly value: TaskContext; close(): void } {
+  /** Adds to the task's events, and to its log where that is kept. */
+  #event(value: Json): void {
+    this.#heartbeats.event(value);
+    this.#taskLog?.event(value);
+  }
+
+  readonly #trace: NonNullable<StorageRequest['trace']> = (name, attributes) =>
+    (this.#world.tracer ?? NO_TRACES).startSpan(name, {
+      parent: this.#span.traceparent,
+      kind: 'client',
+      attributes,
+    });
+
+  #context(
+    storage: SessionStorage,
+    type: RunnerType,
+    traceparent: string | null,
+    signal: AbortSignal,
+  ): { readonly value: TaskContext; close(): void } {
     let open = true;
     const heartbeats = this.#heartbeats;
+    const taskLog = this.#taskLog;
+    // Where the ending cannot carry it, what an operator's sandbox did is worth an event; a thread's CPU time is not.
+    const tellsUsage =
+      this.#world.features.endingUsage !== true && (type === 'subprocess' || type === 'container');
     const say = (what: string, how: () => void): Promise<void> => {
       if (open) {
         how();
@@ -443,20 +576,28 @@ export class Session {
       return refused;
     };
     const ctrl: ControlPlane = {
-      isCancelled: () => Promise.resolve(this.#controller.signal.aborted),
+      isCancelled: () => Promise.resolve(signal.aborted),
       progress: (value: Json) => say('progress', () => heartbeats.progress(value)),
-      logEvent: (value: Json) => say('logEvent', () => heartbeats.event(value)),
+      logEvent: (value: Json) => say('logEvent', () => this.#event(value)),
+      usage: (value: JsonObject) =>
+        say('usage', () => {
+          this.#usage.take(value);
+          if (tellsUsage) this.#event({ kind: 'usage', ...value });
+        }),
     };
-    const log = taskLogger(this.#log, (event) => {
-      if (open) heartbeats.event(event);
+    const log = taskLogger(this.#log, (level, message, fields) => {
+      if (!open) return;
+      if (taskLog !== null) taskLog.line(level, message, fields);
+      // The line's own come first, and no field of the same name replaces them.
+      else heartbeats.event(Object.assign({ level, message }, fields, { level, message }));
     });
     const value: TaskContext = Object.freeze({
-      lease: this.#envelope,
+      lease: traceparent === null ? this.#envelope : { ...this.#envelope, traceparent },
       input: storage.input,
       output: storage.output,
       ctrl: Object.freeze(ctrl),
       accessToken: Object.freeze({ get: () => this.#token }),
-      signal: this.#controller.signal,
+      signal,
       log,
     });
     return { value, close: () => void (open = false) };
@@ -516,21 +657,29 @@ function mergeTask(task: TaskSpec, reply: HeartbeatReply): TaskSpec {
   };
 }
 
+function errorOf(verdict: Verdict): unknown {
+  if (verdict.kind === 'completed') return null;
+  return verdict.kind === 'failed' ? verdict.error : verdict.abort;
+}
+
 function outcomeOf(verdict: Verdict): TaskOutcome {
   if (verdict.kind === 'completed') return 'success';
+  if (isTimeout(errorOf(verdict))) return 'timeout';
   if (verdict.kind === 'failed') return 'failure';
-  if (verdict.abort.reason === 'deadline') return 'timeout';
   return verdict.abort.reason === 'limit' ? 'failure' : 'canceled';
 }
 
-/** Lines become events of the task and debug lines of the node's own log. */
-function taskLogger(nodeLog: Logger, emit: (event: JsonObject) => void, bound: JsonObject = {}): Logger {
+/** Lines of the task's log, and debug lines of the node's own. */
+function taskLogger(
+  nodeLog: Logger,
+  emit: (level: LogLevel, message: string, fields: JsonObject) => void,
+  bound: JsonObject = {},
+): Logger {
   const line =
     (level: LogLevel) =>
     (message: string, fields?: JsonObject): void => {
       const all = fields === undefined ? bound : { ...bound, ...fields };
-      // They come first, and no field of the same name replaces them.
-      emit(Object.assign({ level, message }, all, { level, message }));
+      emit(level, message, all);
       nodeLog.debug(message, { ...all, task_log_level: level });
     };
   return Object.freeze({

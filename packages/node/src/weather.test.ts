@@ -549,7 +549,7 @@ describe('identity', () => {
 });
 
 test('no secret is in the log, at any level, whatever goes wrong', async () => {
-  await open();
+  await open({ leaseMs: 3_600_000 });
   let text = '';
   const destination = new Writable({
     write(chunk: Buffer, _encoding, written) {
@@ -663,6 +663,23 @@ describe('storage', () => {
       body: { reason: `runner failed: ${words}: because` },
     });
   });
+
+  test.each<[string, Fault, string]>([
+    ['500', { status: 500, body: 'because' }, 'server error (500): because'],
+    ['503', { status: 503, body: 'because' }, 'server error (503): because'],
+    ['closed connections', 'reset', 'network error: '],
+  ])(
+    'a download that only gets %s is given up after a minute, in the same words',
+    async (_name, fault, words) => {
+      await open({ leaseMs: 3_600_000 });
+      const taskId = server.offer({ inputs_cids: ['x'] });
+      faulty(({ service }) => service === 'domain', fault);
+      start(async (ctx) => void (await ctx.input.getBytesByCid('x')), {}, { clock: fastClock(200) });
+      const { body } = await server.ending(taskId);
+      expect((body as { reason: string }).reason.startsWith(`runner failed: ${words}`)).toBe(true);
+      expect(server.of('domain').length).toBeGreaterThan(5);
+    },
+  );
 
   test.each<[string, Fault]>([
     ['503', { status: 503 }],

@@ -9,11 +9,14 @@ import type { Dms, Features, LeaseResult } from '@millrace/dispatch/client';
 import type { Link } from './network.ts';
 import { reply } from './scripted-dms.ts';
 
+const TASK_LOG_BYTES = 256 * 1024;
+
 const FEATURES: Features = {
   longPollSecs: 60,
   batchItems: 16,
   leaseIds: true,
   startOnLease: true,
+  taskLogBytes: TASK_LOG_BYTES,
   registrationIntervalSecs: null,
 };
 
@@ -101,6 +104,18 @@ export class SimulatedDispatcher {
         link.call(async () => {
           ended(lease.taskId, await store.release([{ ...ref(lease), reason }]), 'release');
           this.#observer.released(lease.taskId, reason);
+        }, signal),
+      appendLogs: (pieces, { signal } = {}) =>
+        link.call(async () => {
+          const outcomes = await store.appendLogs(
+            pieces.map(({ lease, offset, lines }) => ({ ...ref(lease), offset, bytes: Buffer.from(lines) })),
+            TASK_LOG_BYTES,
+          );
+          return outcomes.map((outcome) => {
+            if (outcome.ok) return outcome.value;
+            const wanted = outcome.error.details['next_offset'];
+            return typeof wanted === 'number' ? { nextOffset: wanted } : { error: outcome.error };
+          });
         }, signal),
       watch: (leaseIds, waitSecs, { signal } = {}) =>
         link.call(async (gone) => {

@@ -22,6 +22,8 @@ import {
   type LeaseHandle,
   type LeaseQuery,
   type LeaseResult,
+  type LogAnswer,
+  type LogPiece,
 } from '@millrace/dispatch/client';
 
 type HeartbeatBody = Parameters<Dms['heartbeat']>[1];
@@ -42,6 +44,11 @@ export interface Script {
   readonly complete?: (body: CompleteBody, lease: LeaseHandle) => void | Promise<void>;
   readonly fail?: (body: FailBody, lease: LeaseHandle) => void | Promise<void>;
   readonly release?: (reason: ReleaseReason, lease: LeaseHandle) => void | Promise<void>;
+  /** Default: everything is taken. */
+  readonly appendLogs?: (
+    pieces: readonly LogPiece[],
+    signal: AbortSignal,
+  ) => readonly LogAnswer[] | Promise<readonly LogAnswer[]>;
   readonly watch?: (leaseIds: readonly string[], signal: AbortSignal) => Promise<readonly string[]>;
 }
 
@@ -51,7 +58,13 @@ export type Call =
   | { readonly name: 'heartbeat'; readonly lease: LeaseHandle; readonly body: HeartbeatBody }
   | { readonly name: 'complete'; readonly lease: LeaseHandle; readonly body: CompleteBody }
   | { readonly name: 'fail'; readonly lease: LeaseHandle; readonly body: FailBody }
-  | { readonly name: 'release'; readonly lease: LeaseHandle; readonly reason: ReleaseReason }
+  | {
+      readonly name: 'release';
+      readonly lease: LeaseHandle;
+      readonly reason: ReleaseReason;
+      readonly details?: JsonObject;
+    }
+  | { readonly name: 'appendLogs'; readonly pieces: readonly LogPiece[] }
   | { readonly name: 'watch'; readonly leaseIds: readonly string[] };
 
 export class ScriptedDms implements Dms {
@@ -99,9 +112,24 @@ export class ScriptedDms implements Dms {
     return this.#answer(options, () => this.#script.fail?.(body, lease));
   }
 
-  release(lease: LeaseHandle, reason: ReleaseReason, options: CallOptions = {}): Promise<void> {
-    this.calls.push({ name: 'release', lease, reason });
+  release(
+    lease: LeaseHandle,
+    reason: ReleaseReason,
+    options: Parameters<Dms['release']>[2] = {},
+  ): Promise<void> {
+    const { details } = options;
+    this.calls.push({ name: 'release', lease, reason, ...(details !== undefined && { details }) });
     return this.#answer(options, () => this.#script.release?.(reason, lease));
+  }
+
+  appendLogs(pieces: readonly LogPiece[], options: CallOptions = {}): Promise<readonly LogAnswer[]> {
+    this.calls.push({ name: 'appendLogs', pieces });
+    return this.#answer(
+      options,
+      (signal) =>
+        this.#script.appendLogs?.(pieces, signal) ??
+        pieces.map(({ offset, lines }) => ({ nextOffset: offset + Buffer.byteLength(lines) })),
+    );
   }
 
   watch(

@@ -25,6 +25,8 @@ describe.skipIf(ONE !== undefined)('the whole system in simulated time', () => {
         'fail',
         'release',
         'overlap',
+        'log',
+        'log to the end',
         'abort canceled',
         'abort lease_lost',
         'abort shutdown',

@@ -28,7 +28,7 @@ import { openSqliteStore, type JobSpec, type Store, type TaskSubmission } from '
 import { NO_FEATURES } from '@millrace/dispatch/client';
 import { Engine } from '../engine.ts';
 import { noopMetrics } from '../metrics.ts';
-import { RunnerRouter } from '../router.ts';
+import { Roster } from '../routing/roster.ts';
 import { SimulatedDispatcher } from './dispatcher.ts';
 import { MortalClock } from './mortal-clock.ts';
 import { Link, type Faults } from './network.ts';
@@ -303,7 +303,7 @@ class World {
     );
     const engine = new Engine({
       dms: this.#dispatcher.dms(node.id, link, this.#reference ? NO_FEATURES : {}),
-      router: new RunnerRouter(runners),
+      router: new Roster(runners),
       openStorage: ({ lease, leaseId }) => {
         const output = {} as ArtifactSink;
         leases.set(output, leaseId);
@@ -363,6 +363,7 @@ class World {
       case 'chatty':
         for (let i = 0; i < 60; i += 1) {
           await ctx.ctrl.progress({ i });
+          ctx.log.info(`line ${i}`);
           if (i % 5 === 0) await ctx.ctrl.logEvent({ i });
           await sleep(clock, random() * 60, ctx.signal);
         }
@@ -547,6 +548,7 @@ class World {
           : 'canceled';
       if (job.status !== expected) this.#violate(`job ${jobId} is ${job.status}, its tasks say ${expected}`);
       this.#count(`job ${job.status}`);
+      await this.#judgeLogs(store, jobId);
       for (const task of tasks) {
         const name = this.#short(task.id);
         this.#outputs.set(task.id, task.output_cids.join());
@@ -581,6 +583,33 @@ class World {
         const bound = task.max_attempts + FREE_NODE_FAULTS + (this.#drained.get(task.id) ?? 0);
         if (entered > bound)
           this.#violate(`${name} was begun ${entered} times, at most ${bound} are allowed`);
+      }
+    }
+  }
+
+  /** A log holds what its attempt said from the beginning on: nothing twice, nothing left out, whatever the network did. */
+  async #judgeLogs(store: Store, jobId: string): Promise<void> {
+    for (const { taskId, attempt } of (await store.listLogs(jobId)) ?? []) {
+      const page = await store.readLogs({ taskId, attempt, offset: 0, limit: 1 << 20 });
+      const lines = Buffer.from(page?.bytes ?? [])
+        .toString('utf8')
+        .split('\n');
+      if (lines.pop() !== '') this.#violate(`${this.#short(taskId)}: its log ends within a line`);
+      const said = Array.from({ length: 60 }, (_, i) => [
+        `line ${i}`,
+        ...(i % 5 === 0 ? [JSON.stringify({ i })] : []),
+      ]).flat();
+      const told = lines.map((line) => {
+        const { text, event } = JSON.parse(line) as { text?: string; event?: unknown };
+        return text ?? JSON.stringify(event);
+      });
+      this.#count('log');
+      if (told.length === said.length) this.#count('log to the end');
+      const wrong = told.findIndex((text, index) => text !== said[index]);
+      if (wrong !== -1) {
+        this.#violate(
+          `${this.#short(taskId)}, attempt ${attempt}: line ${wrong} of its log is ${told[wrong]}, not ${said[wrong]}`,
+        );
       }
     }
   }

@@ -51,6 +51,7 @@ export class Inputs implements InputSource {
           bytes.set(chunk as Buffer, at);
           at += (chunk as Buffer).length;
         }
+        this.#world.readIn(size);
         return bytes;
       });
     });
@@ -101,7 +102,11 @@ export class Inputs implements InputSource {
       const first = await withAttempts(this.#world, signal, open);
       const read = new ResumedRead(first, open, new Attempts(this.#world, signal), `input ${cid}`);
       const stream = readableFrom({
-        pull: () => read.pull(),
+        pull: async () => {
+          const chunk = await read.pull();
+          if (chunk !== null) this.#world.readIn(chunk.length);
+          return chunk;
+        },
         abandon: () => stay.abandon(),
         close: async () => {
           signal.removeEventListener('abort', onAbort);
@@ -136,6 +141,7 @@ export class Inputs implements InputSource {
       const path = join(root, folder, scan, freeName(file, `${scan}/`, taken));
       await mkdir(join(root, folder, scan), { recursive: true });
       await pipeline(body, createWriteStream(path, { flags: 'wx' }), { signal });
+      this.#world.readIn(meta.size);
       files.push({ meta, path });
     }
     return files;

@@ -5,7 +5,7 @@ import { mkdir, mkdtemp, readFile, readdir, rm, writeFile } from 'node:fs/promis
 import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join, relative } from 'node:path';
-import type { Readable } from 'node:stream';
+import { Readable } from 'node:stream';
 import { openDispatcher, openFileBlobs, openSqliteStore, type Dispatcher } from '@millrace/dispatch';
 import { openDomainStorage, type DataItem, type DomainStorage } from '@millrace/dispatch/client';
 import {
@@ -17,7 +17,7 @@ import {
   type MultipartUpload,
 } from '@millrace/runner';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import type { SessionStorage } from '../session.ts';
+import type { SessionStorage, StorageRequest } from '../session.ts';
 import { openStoragePorts, type RetrySettings, type StorageLimits } from './ports.ts';
 
 const PART = 64 * 1024;
@@ -35,6 +35,7 @@ interface Opening {
   readonly retry?: Partial<RetrySettings>;
   readonly signal?: AbortSignal;
   readonly random?: () => number;
+  readonly trace?: StorageRequest['trace'];
 }
 
 /** Ports of a task whose folder is `dir/task`. */
@@ -65,6 +66,7 @@ function openPorts(dir: string, opening: Opening): SessionStorage {
     clientId: 'test-client',
     clock: systemClock,
     random: opening.random ?? (() => 0),
+    ...(opening.trace !== undefined && { trace: opening.trace }),
     retry: { baseMs: 1, capMs: 5, ...opening.retry },
     ...(opening.limits === undefined ? {} : { limits: opening.limits }),
   });
@@ -135,6 +137,46 @@ describe('storage ports over a real dispatcher', () => {
 
   const stored = async (id: string | null): Promise<Buffer> =>
     readAll((await storage.openRaw(domain, id!)).body);
+
+  test('bytes are counted in both directions, whichever way they go, and calls are spans', async () => {
+    const spans: string[] = [];
+    const ports = open({
+      trace: (name) => ({
+        traceparent: null,
+        end: ({ error = 'fine' } = {}) => void spans.push(`${name}: ${error}`),
+      }),
+    });
+    const { input, output } = ports;
+    const transferred = (): unknown => ports.transferred?.();
+    expect(transferred()).toEqual({ bytesIn: 0, bytesOut: 0 });
+    const item = await put('a', Buffer.alloc(1_000));
+    await input.getBytesByCid(item.id);
+    await input.materializeCidToTemp(item.id);
+    expect((await readAll(await input.openRead(item.id))).length).toBe(1_000);
+    expect(transferred()).toEqual({ bytesIn: 3_000, bytesOut: 0 });
+    const file = join(dir, 'file');
+    await writeFile(file, Buffer.alloc(PART + 1));
+    await output.putBytes('bytes', Buffer.alloc(10));
+    await output.putFile('file', file);
+    await output.putStream('stream', Readable.from([Buffer.alloc(5 * PART)]));
+    const upload = await output.openMultipart('parts');
+    await upload.writeChunk(Buffer.alloc(100));
+    await upload.finish();
+    expect(transferred()).toEqual({ bytesIn: 3_000, bytesOut: 10 + PART + 1 + 5 * PART + 100 });
+    await expect(input.getBytesByCid(randomUUID())).rejects.toThrow('not found');
+    await ports.close();
+    // A read ends when its stream has closed, which may be after the next call began.
+    expect(spans.toSorted()).toEqual([
+      'storage getBytesByCid: fine',
+      expect.stringMatching(/^storage getBytesByCid: not found \(404\)/),
+      'storage materializeCidWithMeta: fine',
+      'storage openMultipart: fine',
+      'storage openRead: fine',
+      'storage putBytes: fine',
+      'storage putFile: fine',
+      'storage putStream: fine',
+    ]);
+  });
 
   test('an input comes as bytes, as a file with its metadata, and as a stream, by id or by URL', async () => {
     const { input } = open();
@@ -780,22 +822,38 @@ describe('storage ports over servers of other kinds', () => {
       else response.writeHead(501).end();
     };
     const { output } = open();
-    const overhead = 300_000 - 125 - 44 - `large_${TASK}`.length - 'binary'.length;
-    for (const [size, fits] of [
-      [overhead, true],
-      [overhead + 1, false],
-    ] as const) {
-      await writeFile(join(dir, 'large'), Buffer.alloc(size));
-      for (const upload of [
-        () => output.putFile('large', join(dir, 'large')),
-        () => output.putStream('large', cutUp(Buffer.alloc(size), 5_000)),
-      ]) {
-        if (fits) await upload();
+    // Beyond the reference's lengths: both boundaries are longer.
+    const boundaries = 2 * (30 - 'boundary'.length);
+    const created = 300_000 - 125 - boundaries - `large1_${TASK}`.length - 'binary'.length;
+    const updated = 300_000 - 109 - boundaries - 'the-id'.length;
+    const content = { file: join(dir, 'large') };
+    let uploads = 0;
+    const another = (): string => `large${(uploads += 1)}`;
+    const ways: readonly (readonly [limit: number, upload: (bytes: Uint8Array) => Promise<unknown>])[] = [
+      [created, () => output.putFile(another(), content.file)],
+      [created, (bytes) => output.putStream(another(), cutUp(bytes, 5_000))],
+      [
+        updated,
+        () =>
+          output.putDomainArtifact({
+            rel_path: 'r',
+            name: 'n',
+            data_type: 't',
+            existing_id: 'the-id',
+            content,
+          }),
+      ],
+    ];
+    for (const [limit, upload] of ways) {
+      for (const size of [limit, limit + 1]) {
+        await writeFile(content.file, Buffer.alloc(size));
+        const uploaded = upload(Buffer.alloc(size));
+        if (size === limit) await uploaded;
         else {
-          expect(await failure(upload())).toMatchObject({
+          expect(await failure(uploaded)).toMatchObject({
             code: 'resource_exhausted',
             message: expect.stringContaining(`${size} bytes`) as string,
-            details: { value: overhead },
+            details: { value: limit },
           });
         }
       }
@@ -841,6 +899,42 @@ describe('storage ports over servers of other kinds', () => {
         '{"parts":[{"part_number":1,"etag":"e200000"},{"part_number":2,"etag":"e200000"},{"part_number":3,"etag":"e50000"}]}',
       ],
     ]);
+  });
+
+  test.each([
+    ['at the same time where the server says that it takes them so', { 'millrace-parallel-parts': '1' }, 2],
+    ['one after the other elsewhere', {}, 1],
+  ])('parts are sent %s', async (_where, announced, least) => {
+    let [underWay, most] = [0, 0];
+    respond = (response, call) => {
+      if (call.method === 'GET') response.end('{"data":[]}');
+      else if (call.url === 'DATA/multipart?uploads') {
+        response.writeHead(200, announced).end('{"upload_id":"u1","part_size":300000}');
+      } else if (call.method !== 'PUT') response.end('{"id":"done"}');
+      else {
+        underWay += 1;
+        most = Math.max(most, underWay);
+        setTimeout(() => {
+          underWay -= 1;
+          response.end('{"etag":"e"}');
+        }, 50);
+      }
+    };
+    const opened = open();
+    const bytes = Buffer.alloc(1_500_000);
+    await writeFile(join(dir, 'f'), bytes);
+    for (const upload of [
+      () => opened.output.putFile('file', join(dir, 'f')),
+      () => opened.output.putStream('stream', cutUp(bytes, 70_000)),
+    ]) {
+      most = 0;
+      await upload();
+      if (least === 1) expect(most).toBe(1);
+      else expect(most).toBeGreaterThanOrEqual(least);
+    }
+    if (least > 1) return;
+    const numbers = calls.flatMap(({ url }) => /partNumber=(\d+)$/.exec(url)?.[1] ?? []);
+    expect(numbers).toEqual(['1', '2', '3', '4', '5', '1', '2', '3', '4', '5']);
   });
 
   test('a part that fails is sent again alone; one that is refused aborts the upload', async () => {

@@ -49,6 +49,7 @@ export function openStoragePorts(options: StoragePortsOptions): SessionStorage {
     input: new Inputs(world),
     output: outputs,
     artifacts: () => outputs.records(),
+    transferred: () => ({ bytesIn: world.bytesIn, bytesOut: world.bytesOut }),
     close: async () => {
       await world.close();
       await Promise.all(owned.splice(0).map((storage) => storage[Symbol.asyncDispose]()));

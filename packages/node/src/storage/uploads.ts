@@ -3,12 +3,18 @@
  * as the reference does: bytes in one request unless the server says they are too many; files and streams in parts, and in
  * one request where the server knows no parts.
  *
- * Better than the reference: parts are sent several at a time and again when they fail; nothing is held in memory but
- * the parts of a stream that are under way; an empty file, which the service refuses to take in parts, goes in one request.
+ * Better than the reference: parts are sent again when they fail, and several at a time where the server says that it
+ * takes them so; nothing is held in memory but the parts of a stream that are under way; an empty file, which the service
+ * refuses to take in parts, goes in one request.
  */
 import { open, type FileHandle } from 'node:fs/promises';
 import { MillraceError, timeoutSignal } from '@millrace/runner';
-import { singleUploadBytes, type DomainStorage, type UploadSession } from '@millrace/dispatch/client';
+import {
+  singleUploadBytes,
+  type DomainStorage,
+  type UploadSession,
+  type UploadTarget,
+} from '@millrace/dispatch/client';
 import { withAttempts } from './attempts.ts';
 import type { PortsWorld } from './world.ts';
 
@@ -23,10 +29,10 @@ export interface Item {
 /** A stream up to this size is sent as bytes: one request instead of three. */
 const SMALL_STREAM_BYTES = 256 * 1024;
 
-/** Parts of a file under way at once. They are read from disk as they are sent. */
+/** Parts of a file under way at once, where the server takes several. They are read from disk as they are sent. */
 const FILE_PARTS_AT_ONCE = 3;
 
-/** Parts of a stream under way at once, each held in memory, while the next one is filled. */
+/** Parts of a stream under way at once, where the server takes several: each is held in memory, as is the next one. */
 const STREAM_PARTS_AT_ONCE = 2;
 
 /** Above this size one part at a time is held. */
@@ -42,15 +48,16 @@ export async function uploadBytes(
   bytes: Uint8Array,
   signal: AbortSignal,
 ): Promise<string | null> {
+  // First, as the reference: an update's request is of another length.
+  const existingId = await existingIdOf(world, item, signal);
   const info = await knownInfo(world, signal);
-  const target = { name: item.name, dataType: item.dataType };
   const tooLarge =
     info !== null &&
     info.requestMaxBytes > 0 &&
-    singleUploadBytes(target, bytes.length) > info.requestMaxBytes;
-  if (!tooLarge || !info.multipartEnabled) return uploadSingle(world, item, bytes, signal);
-  const upload = await PartUpload.start(world, item, bytes.length, signal);
-  return upload.complete(FILE_PARTS_AT_ONCE, bytes.length, (start, end) => bytes.subarray(start, end));
+    singleUploadBytes(targetOf(item, existingId), bytes.length) > info.requestMaxBytes;
+  if (!tooLarge || !info.multipartEnabled) return uploadSingle(world, item, existingId, bytes, signal);
+  const upload = await PartUpload.start(world, item, existingId, bytes.length, signal);
+  return upload.complete(bytes.length, (start, end) => bytes.subarray(start, end));
 }
 
 /** @throws MillraceError `invalid_argument` for what is no readable file, or changes while it is read. */
@@ -62,19 +69,20 @@ export async function uploadFile(
 ): Promise<string | null> {
   await using file = await openFile(path);
   const { size } = file;
-  if (size === 0) return await uploadSingle(world, item, new Uint8Array(0), signal);
+  const existingId = await existingIdOf(world, item, signal);
+  if (size === 0) return await uploadSingle(world, item, existingId, new Uint8Array(0), signal);
   let upload: PartUpload;
   try {
-    upload = await PartUpload.start(world, item, size, signal);
+    upload = await PartUpload.start(world, item, existingId, size, signal);
   } catch (error) {
     if (!isUnknownToServer(error)) throw error;
-    const limit = await singleLimit(world, item, signal);
+    const limit = await singleLimit(world, targetOf(item, existingId), signal);
     if (size > limit) throw noWayToSend(item, size, limit, error);
-    return await uploadSingle(world, item, await file.read(), signal);
+    return await uploadSingle(world, item, existingId, await file.read(), signal);
   }
   // A stream per attempt and part over one handle: all parts are of one file, also when its name is given to another.
   // `await`, or the file would be closed before the upload is through.
-  return await upload.complete(FILE_PARTS_AT_ONCE, size, (start, end) => file.chunks(start, end));
+  return await upload.complete(size, (start, end) => file.chunks(start, end));
 }
 
 /** An item written bit by bit. Not concurrent. After an error every call rejects with it; `abort` is needed in any case but after `finish`. */
@@ -88,6 +96,8 @@ export class StreamUpload {
   /** `single`: the server has no parts, and everything is kept for one request. */
   #mode: 'small' | 'parts' | 'single' = 'small';
   #singleLimit = 0;
+  /** Looked up when the stream turned out not to be small. */
+  #existingId: string | null = null;
   #upload: PartUpload | null = null;
   #parts = 0;
   readonly #spare: Buffer[] = [];
@@ -122,7 +132,9 @@ export class StreamUpload {
     try {
       const rest = this.#pending.subarray(0, this.#used);
       if (this.#mode === 'small') return await uploadBytes(this.#world, this.#item, rest, this.#signal);
-      if (this.#mode === 'single') return await uploadSingle(this.#world, this.#item, rest, this.#signal);
+      if (this.#mode === 'single') {
+        return await uploadSingle(this.#world, this.#item, this.#existingId, rest, this.#signal);
+      }
       if (this.#used > 0) await this.#sendPart();
       await Promise.all(this.#underWay);
       this.#check();
@@ -158,11 +170,13 @@ export class StreamUpload {
 
   /** It is not small: now is the time to see what the server can do. */
   async #leaveSmall(): Promise<void> {
+    this.#existingId = await existingIdOf(this.#world, this.#item, this.#signal);
     try {
-      this.#upload = await PartUpload.start(this.#world, this.#item, null, this.#signal);
+      this.#upload = await PartUpload.start(this.#world, this.#item, this.#existingId, null, this.#signal);
     } catch (error) {
       if (!isUnknownToServer(error)) throw error;
-      this.#singleLimit = await singleLimit(this.#world, this.#item, this.#signal);
+      const target = targetOf(this.#item, this.#existingId);
+      this.#singleLimit = await singleLimit(this.#world, target, this.#signal);
       this.#mode = 'single';
       return;
     }
@@ -210,7 +224,7 @@ export class StreamUpload {
       )
       .finally(() => void this.#underWay.delete(sending));
     this.#underWay.add(sending);
-    const most = upload.partSize > LARGE_PART_BYTES ? 1 : STREAM_PARTS_AT_ONCE;
+    const most = upload.parallel && upload.partSize <= LARGE_PART_BYTES ? STREAM_PARTS_AT_ONCE : 1;
     if (this.#underWay.size >= most) await Promise.race(this.#underWay);
     this.#check();
     // Buffers go round: new ones of this size for each part would pile up until the garbage collector comes.
@@ -254,12 +268,12 @@ class PartUpload {
   static async start(
     world: PortsWorld,
     item: Item,
+    existingId: string | null,
     size: number | null,
     signal: AbortSignal,
   ): Promise<PartUpload> {
     const storage = world.storage();
     const { id: domainId } = world.domain();
-    const existingId = await existingIdOf(world, item, signal);
     const request = { domainId, name: item.name, dataType: item.dataType, size, existingId };
     const session = await withAttempts(world, signal, () => storage.startUpload(request, { signal }));
     return new PartUpload(world, storage, domainId, session, item, existingId !== null, signal);
@@ -269,9 +283,13 @@ class PartUpload {
     return this.#session.partSize;
   }
 
+  /** Several parts may be under way, in any order; else one after the other. */
+  get parallel(): boolean {
+    return this.#session.parallelParts;
+  }
+
   /** Sends everything, then finishes. On any error the upload is aborted. */
   async complete(
-    atOnce: number,
     size: number,
     read: (start: number, end: number) => Uint8Array | AsyncIterable<Uint8Array>,
   ): Promise<string> {
@@ -288,6 +306,7 @@ class PartUpload {
           await this.part(index + 1, () => read(start, end), end - start);
         }
       };
+      const atOnce = this.parallel ? FILE_PARTS_AT_ONCE : 1;
       while (senders.length < Math.min(atOnce, count)) senders.push(sender());
       await Promise.all(senders);
       return await this.finish();
@@ -310,6 +329,7 @@ class PartUpload {
     );
     this.#etags.set(partNumber, etag);
     this.#size += size;
+    this.#world.wrote(size);
   }
 
   async finish(): Promise<string> {
@@ -345,20 +365,21 @@ class PartUpload {
   }
 }
 
-/** In one request. Created when nothing has the name yet, else its bytes replaced. */
+/** In one request. `known`: the item to replace; null: none had the name when it was looked up, and one is created. */
 async function uploadSingle(
   world: PortsWorld,
   item: Item,
+  known: string | null,
   bytes: Uint8Array,
   signal: AbortSignal,
 ): Promise<string | null> {
-  let existingId = await existingIdOf(world, item, signal);
+  let existingId = known;
   let conflicts = 0;
-  return withAttempts(world, signal, async (attempts) => {
+  const id = await withAttempts(world, signal, async (attempts) => {
     // An attempt that failed may have created it all the same.
     if (attempts.failures > 0) existingId ??= await existingIdOf(world, item, signal);
-    const target = existingId === null ? { name: item.name, dataType: item.dataType } : { existingId };
     try {
+      const target = targetOf(item, existingId);
       const stored = await world.storage().put(world.domain().id, target, bytes, { signal });
       return stored?.id ?? existingId;
     } catch (error) {
@@ -372,6 +393,12 @@ async function uploadSingle(
       return replaced?.id ?? existingId;
     }
   });
+  world.wrote(bytes.length);
+  return id;
+}
+
+function targetOf({ name, dataType }: Item, existingId: string | null): UploadTarget {
+  return existingId === null ? { name, dataType } : { existingId };
 }
 
 /**
@@ -409,9 +436,9 @@ async function knownInfo(
 }
 
 /** Bytes of content one request may have. */
-async function singleLimit(world: PortsWorld, item: Item, signal: AbortSignal): Promise<number> {
+async function singleLimit(world: PortsWorld, target: UploadTarget, signal: AbortSignal): Promise<number> {
   const info = await knownInfo(world, signal);
-  const overhead = singleUploadBytes({ name: item.name, dataType: item.dataType }, 0);
+  const overhead = singleUploadBytes(target, 0);
   const told = info !== null && info.requestMaxBytes > 0 ? info.requestMaxBytes - overhead : Infinity;
   return Math.max(0, Math.min(told, world.limits.maxSingleUploadBytes));
 }

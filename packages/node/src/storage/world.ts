@@ -1,5 +1,13 @@
 /** What the two ports of a task share: its domain, its token, its folder, its limits, and what is under way. */
-import { MillraceError, type Clock, type Logger, type Random } from '@millrace/runner';
+import {
+  MillraceError,
+  describeError,
+  type Clock,
+  type Logger,
+  type Random,
+  type Span,
+  type TraceAttributes,
+} from '@millrace/runner';
 import type { DomainStorage } from '@millrace/dispatch/client';
 import type { RetrySettings } from './attempts.ts';
 import type { DomainAddress } from './cid.ts';
@@ -23,6 +31,8 @@ export const DEFAULT_LIMITS: StorageLimits = {
   maxSingleUploadBytes: 100 * 1024 * 1024,
 };
 
+const MAX_SPAN_ERROR_BYTES = 500;
+
 export interface WorldOptions {
   readonly domain: () => DomainAddress;
   readonly token: () => string;
@@ -35,6 +45,8 @@ export interface WorldOptions {
   readonly log: Logger;
   readonly limits: StorageLimits;
   readonly retry: RetrySettings;
+  /** Begins a span around one call of a port. Absent: nothing is traced. */
+  readonly trace?: (name: string, attributes: TraceAttributes) => Span;
 }
 
 /** A place among what is under way. */
@@ -43,8 +55,8 @@ export interface Stay {
   readonly signal: AbortSignal;
   /** Aborts {@link signal}: nobody wants the rest. */
   abandon(): void;
-  /** Idempotent. */
-  leave(): void;
+  /** Idempotent. `error`: why the call failed, if it did. */
+  leave(error?: unknown): void;
 }
 
 export class PortsWorld {
@@ -61,6 +73,9 @@ export class PortsWorld {
   readonly #storages = new Map<string, DomainStorage>();
   readonly #taskSignal: AbortSignal;
   readonly #stays = new Set<AbortController>();
+  readonly #trace: WorldOptions['trace'];
+  #bytesIn = 0;
+  #bytesOut = 0;
   #whenEmpty: () => void = () => {};
   #closing: Promise<void> | null = null;
 
@@ -76,6 +91,25 @@ export class PortsWorld {
     this.folder = options.folder;
     this.#openStorage = options.openStorage;
     this.#taskSignal = options.signal;
+    this.#trace = options.trace;
+  }
+
+  /** Bytes of inputs handed to the task so far. */
+  get bytesIn(): number {
+    return this.#bytesIn;
+  }
+
+  /** Bytes of artifacts that the server took so far. */
+  get bytesOut(): number {
+    return this.#bytesOut;
+  }
+
+  readIn(bytes: number): void {
+    this.#bytesIn += bytes;
+  }
+
+  wrote(bytes: number): void {
+    this.#bytesOut += bytes;
   }
 
   /** The client of the server the domain is on now. */
@@ -102,13 +136,22 @@ export class PortsWorld {
     this.#taskSignal.addEventListener('abort', onTask, { once: true });
     signal?.addEventListener('abort', onCaller, { once: true });
     this.#stays.add(controller);
+    const span = this.#trace?.(`storage ${method}`, { 'millrace.storage.method': method });
+    // A stream is let go of like that when it was read to its end, too.
+    let abandoned = false;
     return {
       signal: controller.signal,
-      abandon: () => controller.abort(new MillraceError('canceled', `${method}: its result was abandoned`)),
-      leave: () => {
+      abandon: () => {
+        abandoned = true;
+        controller.abort(new MillraceError('canceled', `${method}: its result was abandoned`));
+      },
+      leave: (error) => {
         this.#taskSignal.removeEventListener('abort', onTask);
         signal?.removeEventListener('abort', onCaller);
         this.#stays.delete(controller);
+        const aborted = controller.signal.aborted && !abandoned;
+        const why = error ?? (aborted ? controller.signal.reason : undefined);
+        span?.end(why === undefined ? {} : { error: describeError(why, MAX_SPAN_ERROR_BYTES) });
         if (this.#stays.size === 0) this.#whenEmpty();
       },
     };
@@ -120,10 +163,14 @@ export class PortsWorld {
     call: (signal: AbortSignal) => Promise<T>,
   ): Promise<T> {
     const stay = this.enter(method, signal);
+    let failure: unknown;
     try {
       return await call(stay.signal);
+    } catch (error) {
+      failure = error;
+      throw error;
     } finally {
-      stay.leave();
+      stay.leave(failure);
     }
   }
 
