@@ -3,6 +3,7 @@ import { randomUUID } from 'node:crypto';
 import { open, rm, statfs } from 'node:fs/promises';
 import path from 'node:path';
 import { connect } from '@millrace/dispatch/client';
+import type { AppliedControls, SandboxReport } from '@millrace/exec';
 import { MillraceError, describeError, systemClock } from '@millrace/runner';
 import { loadConfig, type LoadedConfig, type RunnerSpec } from './config-file.ts';
 import { findToken, findUrl } from './connection.ts';
@@ -16,6 +17,8 @@ export interface Check {
   readonly finding: string;
   /** What to do about it; null when there is nothing to do. */
   readonly todo: string | null;
+  /** More of it, for programs. */
+  readonly details?: unknown;
 }
 
 const MIN_NODE = [20, 19] as const;
@@ -32,6 +35,8 @@ export async function* examine(
 ): AsyncGenerator<Check> {
   yield nodeVersion(process.versions.node);
   yield* dataFolder(resolveDataDir(context));
+  yield* sandboxes();
+  yield await containerEngine();
   yield* dispatcher(context);
   let config: LoadedConfig;
   try {
@@ -111,6 +116,75 @@ async function syncRate(file: string): Promise<number> {
     elapsed = systemClock.monotonic() - start;
   } while (elapsed < SYNC_MEASURE_MS);
   return (writes * 1000) / elapsed;
+}
+
+/** What programs can be kept from here, tier by tier, each tried by running it. */
+async function* sandboxes(): AsyncGenerator<Check> {
+  const { probeSandbox } = await import('@millrace/exec');
+  const name = 'sandbox';
+  let report: SandboxReport;
+  try {
+    report = await probeSandbox();
+  } catch (error) {
+    yield { name, state: 'warn', finding: describeError(error), todo: 'subprocess runners need it' };
+    return;
+  }
+  const holds = (controls: AppliedControls): string =>
+    Object.entries(controls)
+      .map(([control, by]) => `${control} (${by})`)
+      .join(', ');
+  for (const tier of report.tiers) {
+    const best = tier.tier === report.best ? ', what auto takes' : '';
+    yield tier.available
+      ? {
+          name,
+          state: 'ok',
+          finding: `${tier.tier} works${best}: ${holds(tier.controls)}`,
+          todo: null,
+          details: tier,
+        }
+      : { name, state: 'warn', finding: `${tier.tier} does not work`, todo: tier.reason, details: tier };
+  }
+  const { cgroup, warnings } = report;
+  yield cgroup.available
+    ? {
+        name,
+        state: 'ok',
+        finding: `control groups, version ${cgroup.version}: ${holds(cgroup.controls)}`,
+        todo: null,
+        details: cgroup,
+      }
+    : {
+        name,
+        state: 'warn',
+        finding: 'no control group can be made, so memory and processes are watched',
+        todo: cgroup.reason,
+        details: cgroup,
+      };
+  for (const warning of warnings) yield { name, state: 'warn', finding: warning, todo: null };
+}
+
+async function containerEngine(): Promise<Check> {
+  const { probeContainerEngine } = await import('@millrace/exec');
+  const report = await probeContainerEngine();
+  const name = 'containers';
+  if (report.available) {
+    const { engine, host, rootless } = report;
+    return {
+      name,
+      state: 'ok',
+      finding: `${engine} at ${host}${rootless === true ? ', rootless' : ''}`,
+      todo: null,
+      details: report,
+    };
+  }
+  return {
+    name,
+    state: 'warn',
+    finding: report.engine === null ? 'no engine answers' : `${report.engine} cannot be used`,
+    todo: `only container runners need one: ${report.reason}`,
+    details: report,
+  };
 }
 
 async function* dispatcher(context: CommandContext): AsyncGenerator<Check> {

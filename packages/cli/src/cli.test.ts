@@ -292,6 +292,77 @@ edges: [{ from: one, to: two }]
     ]);
   });
 
+  test.each([
+    ['TypeScript', 'millrace.config.ts', null],
+    ['TypeScript in a folder of modules', 'millrace.config.ts', '{"type":"module"}'],
+    ['JavaScript', 'millrace.config.mjs', null],
+  ])(
+    'a capability binds a program by a config in %s, where no package is installed',
+    async (_language, config, packageJson) => {
+      if (packageJson !== null) await write('package.json', packageJson);
+      const types = config.endsWith('.ts');
+      await write(
+        config,
+        `import { defineConfig } from 'millrace';
+         import { subprocess } from '@millrace/exec';
+         import { script } from './script${types ? '' : '.mjs'}';
+         export default defineConfig({
+           runners: [
+             subprocess({
+               capability: '/test/upper/v1',
+               command: 'sh',
+               args: ['-c', script${types ? ' as string' : ''}, 'sh', '{input:text}', '{meta:tail}', '{output:upper.txt}'],
+               inputs: ['text'],
+             }),
+           ],
+         });`,
+      );
+      const script = `(tr a-z A-Z < "$1"; printf %s "$2") > "$3"`;
+      await write(
+        types ? 'script.ts' : 'script.mjs',
+        `export const script${types ? ': string' : ''} = ${JSON.stringify(script)};`,
+      );
+      await write('a.txt', 'loud\n');
+      const { code, stdout, stderr } = await millrace(
+        ['run', '/test/upper/v1', '--input', 'a.txt', '--meta', '{"tail":"!"}', '--json'],
+        place,
+      );
+      expect([code, stderr]).toEqual([0, expect.stringContaining('1/1 tasks done; completed')]);
+      expect(json(stdout)).toMatchObject({
+        tasks: [{ label: '/test/upper/v1', status: 'completed' }],
+        artifacts: [{ path: 'upper.txt' }],
+      });
+      expect(await read('out/upper.txt')).toBe('LOUD\n!');
+    },
+  );
+
+  test.runIf(existsSync('/usr/bin/convert'))(
+    'the example of docs/subprocess.md runs as it stands',
+    async () => {
+      const docs = await readFile(new URL('../../../docs/subprocess.md', import.meta.url), 'utf8');
+      const [, config = ''] = /```ts\n(\/\/ millrace\.config\.ts\n.*?)```/s.exec(docs)!;
+      const [, command = ''] = /```sh\nmillrace (run \S+ --input photo\.jpg --meta \S+)/.exec(docs)!;
+      await write('millrace.config.ts', config);
+      const photo = path.join(place.cwd, 'photo.jpg');
+      await promisify(execFile)('/usr/bin/convert', ['-size', '800x600', 'gradient:red-blue', photo]);
+      const words = command.split(' ').map((word) => word.replaceAll("'", ''));
+      const { code, stdout } = await millrace([...words, '--json'], place);
+      expect([code, json(stdout)]).toMatchObject([0, { artifacts: [{ path: 'thumbnail.png' }] }]);
+      const png = await readFile(path.join(place.cwd, 'out/thumbnail.png'));
+      expect([png.readUInt32BE(16), png.readUInt32BE(20)]).toEqual([128, 96]);
+    },
+  );
+
+  test('a capability that nothing here has is refused at once', async () => {
+    await write('shout.ts', SHOUT);
+    await write('millrace.config.json', '{"runners":["./shout.ts"]}');
+    const { code, stderr } = await millrace(['run', '/test/shuot/v1'], place);
+    expect([code, stderr]).toEqual([
+      2,
+      'millrace: no runner here does /test/shuot/v1; loaded are /test/shout/v1; add the module with --runner or in the config file\n',
+    ]);
+  });
+
   test('a job that nothing here can do is refused at once', async () => {
     await write('shout.ts', SHOUT);
     await write('job.yaml', 'tasks: [{ capability: /other/v1 }]\n');
@@ -399,19 +470,20 @@ describe('millrace up', () => {
     const shown = await answer(['job', 'show', jobId], place);
     expect(shown).toMatch(/^from a file {2}completed$/m);
     expect(shown).toMatch(/^t +completed +1\/3 +.* local$/m);
-    expect(await answer(['job', 'logs', jobId], place)).toMatch(
-      /^\d\d:\d\d:\d\d\.\d{3} {2}t {2}info {2}shouted {2}inputs=1\n$/,
+    expect(await answer(['job', 'logs', jobId], place)).toBe('info  shouted  inputs=1\n');
+    expect(await answer(['job', 'logs', jobId, '--timestamps'], place)).toMatch(
+      /^\d\d:\d\d:\d\d\.\d{3} {2}info {2}shouted {2}inputs=1\n$/,
     );
     expect(json(await answer(['job', 'logs', jobId, '--json'], place))).toMatchObject({
       job_id: jobId,
-      logs: [{ event: { message: 'shouted' } }],
+      logs: [{ attempt: 1, level: 'info', text: 'shouted', fields: { inputs: 1 } }],
     });
     expect(await answer(['job', 'cancel', jobId], place)).toBe(`job ${jobId} is completed\n`);
     expect(json(await answer(['jobs', '--json'], place))).toMatchObject({ jobs: [{ job: { id: jobId } }] });
     expect(await answer(['jobs', '--status', 'failed'], place)).toBe('no job is failed\n');
 
     expect(json(await answer(['nodes', '--json'], place))).toMatchObject({
-      nodes: [{ name: 'local', capabilities: ['/test/shout/v1'] }],
+      nodes: [{ name: 'local', capabilities: ['/compute/v1', '/test/shout/v1'] }],
     });
     const { checks } = json(await answer(['doctor', '--json'], place)) as {
       checks: { name: string; state: string }[];
@@ -527,7 +599,9 @@ describe('a dispatcher and a node as two processes', () => {
     expect(secret).toMatch(/^[0-9a-f]{64}$/);
     expect(config).not.toContain(secret);
     expect(json(config)).toMatchObject({
-      config: expect.arrayContaining([expect.objectContaining({ name: 'DDS_BASE_URL', value: url })]),
+      config: expect.arrayContaining([
+        expect.objectContaining({ name: 'DDS_BASE_URL', value: url, from: 'garage.env' }),
+      ]),
     });
 
     await using node = new Program(

@@ -1,4 +1,6 @@
 /** How a command of the program is bound to the code that does it. */
+import type { Requestor } from '@millrace/dispatch/client';
+import { MillraceError } from '@millrace/runner';
 import type { Command } from 'commander';
 import type { ExitCode } from './exit-codes.ts';
 import { Output, type CommandContext, type GlobalOptions, type Io } from './io.ts';
@@ -27,6 +29,25 @@ export function action(
     const context: CommandContext = { io: session.io, out: session.out, options };
     session.exitCode = await work(context, options as never, ...(all.slice(0, -2) as never[]));
   };
+}
+
+/**
+ * Works with the dispatcher the options name. A stop request aborts `signal` with `canceled` and these words.
+ *
+ * @throws MillraceError `unavailable` no dispatcher known or reached, `unauthenticated` no or the wrong token
+ */
+export async function connected<T>(
+  context: CommandContext,
+  work: (requestor: Requestor, signal: AbortSignal) => Promise<T>,
+  interrupted = 'interrupted',
+): Promise<T> {
+  const { resolveAddress, withRequestor } = await import('./connection.ts');
+  const address = await resolveAddress(context);
+  return await withRequestor(address, async (requestor) => {
+    const stop = new AbortController();
+    using _ = context.io.onStop(() => stop.abort(new MillraceError('canceled', interrupted)));
+    return await work(requestor, stop.signal);
+  });
 }
 
 /** Collects an option that may be given more than once. */

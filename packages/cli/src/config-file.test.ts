@@ -48,7 +48,65 @@ describe('the config file', () => {
       limits: { wallMs: 9 },
       drainMs: 5,
       maxConcurrency: 2,
+      compute: null,
+      supervision: {},
+      env: {},
     });
+  });
+
+  test('may bound supervision for all runners, and say of each its labels and bounds of its own', async () => {
+    const exec = import.meta.resolve('@millrace/exec');
+    await write(
+      'c.mjs',
+      `import { subprocess } from '${exec}';
+       export default {
+         runners: [
+           { module: './a.js', labels: { gpu: 'a100' }, supervision: { maxRetries: 2 } },
+           { runner: subprocess({ capability: '/tools/sort/v1', command: 'sort' }), labels: { disk: 'ssd' } },
+         ],
+         supervision: { restart: 'onFailure', timeoutMs: 5, defaults: { restart: { type: 'onFailure' }, backoff: { firstMs: 7 } } },
+         env: { TZ: 'UTC' },
+       };`,
+    );
+    expect(await loadConfig('c.mjs', dir)).toMatchObject({
+      runners: [
+        { module: path.join(dir, 'a.js'), labels: { gpu: 'a100' }, supervision: { maxRetries: 2 } },
+        { runner: { capability: '/tools/sort/v1' }, labels: { disk: 'ssd' } },
+      ],
+      supervision: { restart: 'onFailure', timeoutMs: 5, defaults: { backoff: { firstMs: 7 } } },
+      env: { TZ: 'UTC' },
+    });
+    await write('d.yaml', 'supervision: { restart: sometimes }\n');
+    await expect(loadConfig('d.yaml', dir)).rejects.toThrow(/supervision\.restart/);
+  });
+
+  test('says whether computes are run, and how; files in it are relative to it', async () => {
+    const computeOf = async (text: string): Promise<unknown> => {
+      await write('millrace.config.json', text);
+      return (await loadConfig(undefined, dir)).compute;
+    };
+    expect(await computeOf('{}')).toBeNull();
+    expect(await computeOf('{"compute":false}')).toBe(false);
+    expect(await computeOf('{"compute":true}')).toEqual({});
+    const digest = 'a'.repeat(64);
+    expect(
+      await computeOf(
+        `{"compute":{"limits":{"maxWallMs":9},"workers":256,"plugins":[{"file":"p.wasm","digest":"${digest}"}]}}`,
+      ),
+    ).toEqual({
+      limits: { maxWallMs: 9 },
+      workers: 256,
+      plugins: [{ file: path.join(dir, 'p.wasm'), digest }],
+    });
+    for (const [text, said] of [
+      ['{"compute":{"workers":257}}', 'compute.workers'],
+      ['{"compute":{"limits":{"maxMemoryMb":0}}}', 'compute.limits.maxMemoryMb'],
+      ['{"compute":{"plugins":[{"file":"p.wasm"}]}}', 'digest'],
+      ['{"compute":{"plugins":[{"file":"p.wasm","digest":"abc"}]}}', '64 lower-case hex digits'],
+      ['{"compute":"yes"}', 'compute'],
+    ] as const) {
+      await expect(computeOf(text)).rejects.toThrow(said);
+    }
   });
 
   test('may hold runners it made itself, which are taken as they are', async () => {
@@ -84,7 +142,7 @@ describe('the config file', () => {
     [
       'c.yaml',
       'runner: [a.js]\n',
-      /^c\.yaml:1:9: unknown member "runner"; known are runners, labels, limits, maxConcurrency$/,
+      /^c\.yaml:1:9: unknown member "runner"; known are runners, compute, labels, limits, maxConcurrency, supervision, env$/,
     ],
     ['c.yaml', 'limits: { wall: 1 }\n', /: limits: unknown member "wall"; known are memoryMiB, .*drainMs$/],
     ['c.yaml', 'labels: { gpu: 1 }\n', /labels\.gpu: expected string, got 1/],

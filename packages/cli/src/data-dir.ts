@@ -4,6 +4,9 @@ import path from 'node:path';
 import { makeFolders } from './folders.ts';
 import type { CommandContext } from './io.ts';
 
+/** Where nodes keep the computes they fetched, in the data folder. What was built on this machine is in `computes` there. */
+export const COMPUTE_CACHE = 'compute-cache';
+
 /** `--data`, else `MILLRACE_DATA`, else `$XDG_DATA_HOME/millrace`, else `~/.local/share/millrace`. Absolute. */
 export function resolveDataDir({ io, options }: CommandContext): string {
   const given = options.data || io.env['MILLRACE_DATA'];

@@ -7,14 +7,17 @@ import path from 'node:path';
 import { availableParallelism } from 'node:os';
 import { parseEnv } from 'node:util';
 import { connect } from '@millrace/dispatch/client';
-import { createNode, parseNodeEnv, type ComputeNode } from '@millrace/node';
+import { createNode, parseNodeEnv, prometheusMetrics, type ComputeNode } from '@millrace/node';
 import type { Logger, Runner } from '@millrace/runner';
-import type { LoadedConfig, RunnerSpec } from './config-file.ts';
-import { closeRunners, openRunners } from './embed-runners.ts';
+import type { ComputeSpec, LoadedConfig, RunnerSpec } from './config-file.ts';
+import { closeRunners, openRunners, placed } from './embed-runners.ts';
 import { openLocalDispatcher, type OpenDispatcher } from './local-dispatcher.ts';
 import { createIdentity, envFileText, type NodeEnv } from './node-identity.ts';
 import { writePrivateFile } from './private-file.ts';
+import { COMPUTE_CAPABILITY, openComputeRunner } from './compute-runner.ts';
+import { COMPUTE_CACHE } from './data-dir.ts';
 import type { Env } from './terminal.ts';
+import { openTracer } from './tracing.ts';
 
 export interface EmbeddedOptions {
   readonly dataDir: string;
@@ -23,6 +26,8 @@ export interface EmbeddedOptions {
   readonly env: Env;
   readonly runners: readonly RunnerSpec[];
   readonly config: LoadedConfig;
+  /** How computes are run; null: not here. */
+  readonly compute: ComputeSpec | null;
   /** Tasks at once; null: the config's, else `MAX_CONCURRENCY`, else the number of processors. */
   readonly concurrency: number | null;
   readonly log: Logger;
@@ -43,10 +48,22 @@ export interface Embedded extends AsyncDisposable {
 
 export async function startEmbedded(options: EmbeddedOptions): Promise<Embedded> {
   const { dataDir, env, config, log } = options;
+  // On one page with the dispatcher's, which has what is about the process.
+  const metrics = await prometheusMetrics({ processMetrics: false });
+  const tracer = await openTracer(env, 'millrace', log);
   // Loading user code and opening the database take their time; neither needs the other.
   const [opened, dispatched] = await Promise.allSettled([
     openRunners(options.runners, log),
-    openLocalDispatcher({ dataDir, pid: options.pid, port: options.port, log }),
+    openLocalDispatcher({
+      dataDir,
+      pid: options.pid,
+      port: options.port,
+      log,
+      ...(options.runners.length + (options.compute === null ? 0 : 1) > 0 && {
+        moreMetrics: () => metrics.exposition(),
+      }),
+      ...(tracer !== null && { tracer }),
+    }),
   ]);
   if (opened.status === 'rejected' || dispatched.status === 'rejected') {
     if (opened.status === 'fulfilled') await closeRunners(opened.value);
@@ -63,15 +80,31 @@ export async function startEmbedded(options: EmbeddedOptions): Promise<Embedded>
       ...(options.concurrency !== null && { MAX_CONCURRENCY: String(options.concurrency) }),
       ...(await embeddedIdentity(dataDir, dispatcher)),
     });
-    const node =
+    if (options.compute !== null && !runners.some(({ capability }) => capability === COMPUTE_CAPABILITY)) {
+      runners.push(
+        await openComputeRunner({
+          spec: options.compute,
+          cacheDir: path.join(dataDir, COMPUTE_CACHE),
+          dmsBaseUrl: nodeConfig.dmsBaseUrl,
+          tokens: () => (node as ComputeNode).tokens,
+          timeoutMs: nodeConfig.requestTimeoutMs,
+          proxy: nodeConfig.proxy,
+        }),
+      );
+    }
+    const node: ComputeNode | null =
       runners.length === 0
         ? null
         : createNode({
             config: nodeConfig,
-            runners,
+            runners: placed(runners, options.runners),
             labels: config.labels,
+            supervision: config.supervision,
+            env: config.env,
             workDir: path.join(dataDir, 'work'),
             ...(config.drainMs !== null && { drainMs: config.drainMs }),
+            metrics,
+            ...(tracer !== null && { tracer }),
             log,
           });
     const ended = node === null ? new Promise<void>(() => {}) : node.run();
@@ -80,6 +113,7 @@ export async function startEmbedded(options: EmbeddedOptions): Promise<Embedded>
     const close = async (): Promise<void> => {
       await node?.[Symbol.asyncDispose]();
       await dispatcher.close();
+      await tracer?.[Symbol.asyncDispose]();
     };
     return {
       url: dispatcher.url,

@@ -1,2 +1,11 @@
 export { defineConfig } from './config.ts';
-export type { MillraceConfig, RunnerEntry, RunnerLimits } from './config.ts';
+export type {
+  ComputeConfig,
+  ComputeLimits,
+  MillraceConfig,
+  RunnerEntry,
+  RunnerLimits,
+  RuntimeEntry,
+  RuntimeLimits,
+} from './config.ts';
+export { WASI_RUNTIME } from './runtime-file.ts';

@@ -70,10 +70,51 @@ export class Output {
     this.#io.stdout.write(`${JSON.stringify(value)}\n`);
   }
 
+  /**
+   * The JSON document of something long, written as it comes: `head`, and in it as last member `name` a list.
+   *
+   * Nothing is written before the first item, so an error before that can still be the document.
+   */
+  list(head: Readonly<Record<string, unknown>>, name: string): JsonList {
+    let state: 'empty' | 'open' | 'ended' = 'empty';
+    const begin = (): void => {
+      if (this.#documentWritten) throw new Error('a second JSON document on stdout');
+      this.#documentWritten = true;
+      const members = JSON.stringify(head).slice(1, -1);
+      this.#io.stdout.write(`{${members === '' ? '' : `${members},`}${JSON.stringify(name)}:[`);
+    };
+    return {
+      push: (item) => {
+        if (state === 'empty') begin();
+        this.#io.stdout.write((state === 'empty' ? '' : ',') + JSON.stringify(item));
+        state = 'open';
+      },
+      end: (tail = {}) => {
+        if (state === 'ended') return;
+        if (state === 'empty') begin();
+        state = 'ended';
+        const members = JSON.stringify(tail).slice(1, -1);
+        this.#io.stdout.write(`]${members === '' ? '' : `,${members}`}}\n`);
+      },
+      get begun() {
+        return state !== 'empty';
+      },
+    };
+  }
+
   /** A remark for the person watching, on stderr. */
   note(text: string): void {
     this.#io.stderr.write(`${text}\n`);
   }
+}
+
+/** A list on its way to stdout. See {@link Output.list}. */
+export interface JsonList {
+  /** Something was written. */
+  readonly begun: boolean;
+  push(item: unknown): void;
+  /** Ends the document, with further members. Idempotent. */
+  end(tail?: Readonly<Record<string, unknown>>): void;
 }
 
 export interface CommandContext {

@@ -60,7 +60,7 @@ describe('a job file', () => {
     ],
     [
       'tasks:\n  - capability: /x\n    capabilty: /x\n',
-      /^job\.yaml:3:16: tasks\[0\]: unknown member "capabilty"; known are label, stage, capability, .*deadline_at$/,
+      /^job\.yaml:3:16: tasks\[0\]: unknown member "capabilty"; known are label, stage, capability, .*deadline_at, not_before$/,
     ],
     [
       'tasks:\n  - capability: /x\nedges: [{ from: a, to: b, via: c, at: d }]\n',
@@ -72,7 +72,7 @@ describe('a job file', () => {
     ],
     [
       'tasks:\n  - capability: /x\n    capability_filters: { gpu: true }\n',
-      /capability_filters\.gpu: expected string, got true/,
+      /capability_filters\.gpu: expected a string, or operators such as .*, got true/,
     ],
     ['', /^job\.yaml:1:1: .*got null/],
   ])('that is wrong (%j) is refused with line, path, rule and value', (text, message) => {

@@ -17,21 +17,28 @@ import { checkLocated, parseLocated } from './located-document.ts';
 import { capabilitySchema } from './schemas.ts';
 
 const name = z.string().min(1);
-const deadline = z.iso.datetime({ offset: true });
+const time = z.iso.datetime({ offset: true });
+
+const filter = z.union(
+  [z.string(), z.record(z.string(), z.json())],
+  'expected a string, or operators such as {"In": ["a", "b"]}',
+);
 
 // As on the wire, an optional member that is null counts as absent.
 const taskSchema = z.strictObject({
   label: z.string().nullish(),
   stage: name.nullish(),
   capability: capabilitySchema,
-  capability_filters: z.record(z.string(), z.string()).nullish(),
+  // What an object may say is the dispatcher's to judge.
+  capability_filters: z.record(z.string(), filter).nullish(),
   priority: z.int().nullish(),
   inputs_cids: z.array(name).nullish(),
   outputs_prefix: z.string().nullish(),
   mode: z.enum(['public', 'dedicated']).nullish(),
   meta: z.json().nullish(),
   max_attempts: z.int().min(1).nullish(),
-  deadline_at: deadline.nullish(),
+  deadline_at: time.nullish(),
+  not_before: time.nullish(),
 });
 
 const jobSchema = z.strictObject({
@@ -39,9 +46,11 @@ const jobSchema = z.strictObject({
   domain_id: name.nullish(),
   priority: z.int().nullish(),
   meta: z.record(z.string(), z.json()).nullish(),
-  deadline_at: deadline.nullish(),
+  deadline_at: time.nullish(),
+  not_before: time.nullish(),
   tasks: z.array(taskSchema).min(1),
   edges: z.array(z.strictObject({ from: name, to: name })).nullish(),
+  cache: z.boolean().nullish(),
 });
 
 /** A job as read, and the folder its `file:` references are relative to. */

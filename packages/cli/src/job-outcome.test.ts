@@ -1,7 +1,15 @@
-import type { JobDetail, JobEvent } from '@millrace/dispatch';
+import type { JobDetail } from '@millrace/dispatch';
 import type { Json } from '@millrace/runner';
 import { describe, expect, test } from 'vitest';
-import { artifactsOf, jobDocument, jobExitCode, jobLines, jobReason, logLine } from './job-outcome.ts';
+import {
+  artifactsOf,
+  jobDocument,
+  jobExitCode,
+  jobLines,
+  jobReason,
+  logLine,
+  saidText,
+} from './job-outcome.ts';
 import { paint } from './terminal.ts';
 
 type Status = JobDetail['job']['status'];
@@ -54,14 +62,11 @@ describe('a job that failed', () => {
   });
 
   test('shows the last ten log lines of what failed, and no others', () => {
-    const events = Array.from({ length: 12 }, (_, index): JobEvent => ({
-      seq: index + 1,
-      at: detail.job.created_at,
-      kind: 'task.log',
-      task_id: index === 11 ? 't0' : 't1',
-      data: { event: { level: 'info', message: `line ${index}` } },
-    }));
-    expect(jobLines(detail, events, paint(false))).toEqual([
+    const logs = new Map([
+      ['t0', ['of another']],
+      ['t1', Array.from({ length: 11 }, (_, index) => `info  line ${index}`)],
+    ]);
+    expect(jobLines(detail, logs, paint(false))).toEqual([
       'failed  job-1  after 4.2 s',
       '  s1 failed after 3 attempts: no such file (and 1 more failed)',
       '  last log lines of s1:',
@@ -72,7 +77,7 @@ describe('a job that failed', () => {
 
 test('a job that completed has no error', () => {
   expect(jobDocument(detailOf('completed'))).not.toHaveProperty('error');
-  expect(jobLines(detailOf('completed', [{}]), [], paint(false))).toEqual([
+  expect(jobLines(detailOf('completed', [{}]), new Map(), paint(false))).toEqual([
     'completed  job-1  1 task in 4.2 s',
   ]);
 });
@@ -97,6 +102,23 @@ describe('a log event as a line', () => {
 
   test('other events are no lines', () => {
     expect(logLine({ seq: 1, at: '', kind: 'task.running', task_id: 't', data: {} })).toBeNull();
+  });
+});
+
+describe('a line of a log', () => {
+  test.each<[Record<string, Json>, string]>([
+    [{ stream: 'stdout', text: '\t  as it was  printed\u001b[2J' }, '\t  as it was  printed'],
+    [{ stream: 'stderr', text: 'level: is not shown', level: 'x' }, 'level: is not shown'],
+    [
+      { level: 'warn', text: 'low memory', fields: { left: 12, file: 'a b' } },
+      'warn  low memory  left=12  file="a b"',
+    ],
+    [{ event: { kind: 'frame', n: 1 } }, '{"kind":"frame","n":1}'],
+    [{ event: { level: 'info', message: 'hello' } }, 'info  hello'],
+    [{ text: 'not of ours \u001b[2J' }, 'not of ours'],
+    [{ any: 'thing' }, '{"any":"thing"}'],
+  ])('%j reads %j', (said, text) => {
+    expect(saidText(said)).toBe(text);
   });
 });
 

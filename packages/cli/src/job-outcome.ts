@@ -4,7 +4,7 @@ import type { Json } from '@millrace/runner';
 import { EXIT, type ExitCode } from './exit-codes.ts';
 import { taskName } from './progress.ts';
 import type { Paint } from './terminal.ts';
-import { oneLine } from './text-width.ts';
+import { oneLine, printable } from './text-width.ts';
 import type { Artifact } from './transfer.ts';
 import { formatDuration } from './units.ts';
 
@@ -61,16 +61,25 @@ export function jobReason(detail: JobDetail): string {
   return `${taskName(first)} failed after ${attempts}: ${oneLine(first.reason ?? 'no reason given')}${more}`;
 }
 
-/** The job's end in words: one line, and for a failure the last lines of the failed tasks' logs. */
-export function jobLines(detail: JobDetail, events: readonly JobEvent[], paint: Paint): string[] {
+/** Of which tasks of a failed job the end of the log is shown. */
+export function tasksWithTail(tasks: JobDetail['tasks']): JobDetail['tasks'] {
+  return tasks.filter((each) => each.status === 'failed').slice(0, 3);
+}
+
+/** The job's end in words: one line, and for a failure the last lines of the failed tasks' logs (by task id). */
+export function jobLines(
+  detail: JobDetail,
+  logs: ReadonlyMap<string, readonly string[]>,
+  paint: Paint,
+): string[] {
   const { job, tasks } = detail;
   const took = formatDuration(Date.parse(job.updated_at) - Date.parse(job.created_at));
   const count = `${tasks.length} ${tasks.length === 1 ? 'task' : 'tasks'}`;
   if (job.status === 'completed') return [`${paint.green('completed')}  ${job.id}  ${count} in ${took}`];
   if (job.status === 'canceled') return [`${paint.yellow('canceled')}  ${job.id}  after ${took}`];
   const lines = [`${paint.red(job.status)}  ${job.id}  after ${took}`, `  ${jobReason(detail)}`];
-  for (const task of tasks.filter((each) => each.status === 'failed').slice(0, 3)) {
-    const log = events.filter((event) => event.task_id === task.id).flatMap((event) => logLine(event) ?? []);
+  for (const task of tasksWithTail(tasks)) {
+    const log = logs.get(task.id) ?? [];
     if (log.length === 0) continue;
     lines.push(paint.dim(`  last log lines of ${taskName(task)}:`));
     lines.push(...log.slice(-LOG_TAIL).map((line) => `    ${line}`));
@@ -80,8 +89,19 @@ export function jobLines(detail: JobDetail, events: readonly JobEvent[], paint: 
 
 /** A `task.log` event as one line: level, message, then fields; null for other events. */
 export function logLine(event: JobEvent): string | null {
-  if (event.kind !== 'task.log') return null;
-  const value = event.data['event'] ?? null;
+  return event.kind === 'task.log' ? eventText(event.data['event'] ?? null) : null;
+}
+
+/** A line of a task's log, without its time: as it was printed; or level, text and fields; or an event. */
+export function saidText(said: Readonly<Record<string, Json>>): string {
+  const { stream, level, text, event, fields } = said;
+  if (typeof text !== 'string') return eventText(event ?? said);
+  const more = fields === undefined ? [] : fieldTexts(fields);
+  if (stream !== undefined) return printable([text, ...more].join('  '));
+  return oneLine([...(typeof level === 'string' ? [level] : []), text, ...more].join('  '));
+}
+
+function eventText(value: Json): string {
   if (typeof value === 'string') return oneLine(value);
   if (typeof value !== 'object' || value === null || Array.isArray(value)) return JSON.stringify(value);
   const { level, message, ...rest } = value;

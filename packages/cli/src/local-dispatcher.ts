@@ -4,11 +4,14 @@ import {
   openDispatcher,
   openFileBlobs,
   openSqliteStore,
+  type BlobStore,
   type Dispatcher,
+  type DispatcherLimits,
+  type Retention,
   type Store,
 } from '@millrace/dispatch';
 import { connect } from '@millrace/dispatch/client';
-import { MillraceError, type Logger } from '@millrace/runner';
+import { MillraceError, type Logger, type Tracer } from '@millrace/runner';
 import { announceDispatcher, readDispatcherFile, withdrawDispatcher } from './connection.ts';
 import { ensureDataDir } from './data-dir.ts';
 
@@ -23,11 +26,19 @@ export interface LocalDispatcherOptions {
   readonly host?: string;
   readonly port?: number;
   readonly publicUrl?: string;
-  /** Default `millrace.db` in the data folder. */
-  readonly storePath?: string;
-  /** Default `blobs` in the data folder. */
-  readonly blobsDir?: string;
+  /** A file on this machine, or the URL of a PostgreSQL database. Default: `millrace.db` in the data folder. */
+  readonly store?: { readonly sqlite: string } | { readonly postgres: string };
+  /** A folder of this machine, or `s3://…`. Default: the folder `blobs` in the data folder. */
+  readonly blobs?: { readonly dir: string } | { readonly s3: string };
+  /** Default: the dispatcher's. */
+  readonly limits?: Partial<DispatcherLimits>;
+  /** Default: every job is kept. */
+  readonly retention?: Retention;
   readonly log: Logger;
+  /** Default: nothing is traced. */
+  readonly tracer?: Tracer;
+  /** Figures of a node in this process, for `/metrics`. */
+  readonly moreMetrics?: () => Promise<string>;
 }
 
 export interface OpenDispatcher extends AsyncDisposable {
@@ -54,9 +65,9 @@ export async function openLocalDispatcher(options: LocalDispatcherOptions): Prom
     if (errors.length > 0) throw new AggregateError(errors, 'closing the dispatcher failed');
   };
   try {
-    const store = await openStore(options.storePath ?? path.join(dataDir, 'millrace.db'));
+    const store = await openStore(options.store ?? { sqlite: path.join(dataDir, 'millrace.db') }, log);
     cleanup.push(async () => store[Symbol.asyncDispose]());
-    const blobs = await placed(openFileBlobs({ dir: options.blobsDir ?? path.join(dataDir, 'blobs') }));
+    const blobs = await openBlobs(options.blobs ?? { dir: path.join(dataDir, 'blobs') }, log);
     cleanup.push(async () => blobs[Symbol.asyncDispose]());
     const dispatcher = await openDispatcher({
       store,
@@ -65,6 +76,10 @@ export async function openLocalDispatcher(options: LocalDispatcherOptions): Prom
       ...(options.host !== undefined && { host: options.host }),
       ...(options.port !== undefined && { port: options.port }),
       ...(options.publicUrl !== undefined && { publicUrl: options.publicUrl }),
+      ...(options.limits !== undefined && { limits: options.limits }),
+      ...(options.retention !== undefined && { retention: options.retention }),
+      ...(options.tracer !== undefined && { tracer: options.tracer }),
+      ...(options.moreMetrics !== undefined && { moreMetrics: options.moreMetrics }),
     });
     cleanup.push(() => dispatcher.close());
     const url = options.publicUrl ?? dispatcher.url;
@@ -90,9 +105,26 @@ export async function openLocalDispatcher(options: LocalDispatcherOptions): Prom
   }
 }
 
-async function openStore(file: string): Promise<Store> {
-  await ensureDataDir(path.dirname(file));
-  return await placed(openSqliteStore({ path: file }));
+async function openStore(place: NonNullable<LocalDispatcherOptions['store']>, log: Logger): Promise<Store> {
+  if ('postgres' in place) {
+    // Its driver is loaded by nobody else.
+    const { openPostgresStore } = await import('@millrace/dispatch/postgres');
+    return await openPostgresStore({ url: place.postgres, log });
+  }
+  await ensureDataDir(path.dirname(place.sqlite));
+  return await placed(openSqliteStore({ path: place.sqlite }));
+}
+
+async function openBlobs(
+  place: NonNullable<LocalDispatcherOptions['blobs']>,
+  log: Logger,
+): Promise<BlobStore> {
+  if ('dir' in place) return await placed(openFileBlobs({ dir: place.dir }));
+  // The SDK warns on Node 20 that its versions of 2027 will not support it; ours is pinned to one that does.
+  process.env['AWS_SDK_JS_NODE_VERSION_SUPPORT_WARNING_DISABLED'] ??= 'true';
+  // Its driver is loaded by nobody else.
+  const { openS3Blobs } = await import('@millrace/dispatch/s3');
+  return await openS3Blobs({ url: place.s3, log });
 }
 
 /** On this machine a file or folder that cannot be opened is a wrong place, not a service that is away. */

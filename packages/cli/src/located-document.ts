@@ -54,13 +54,23 @@ export function checkLocated<T>(document: LocatedDocument, schema: z.ZodType<T>)
   const result = schema.safeParse(document.value, { reportInput: true });
   if (result.success) return result.data;
   throw invalid(
-    result.error.issues.map((issue) => {
+    result.error.issues.flatMap(closestIssues).map((issue) => {
       // An unknown key is pointed at itself, not at the object it is in.
       const path = issue.code === 'unrecognized_keys' ? [...issue.path, issue.keys[0] ?? ''] : issue.path;
       const name = pathText(issue.path);
       return `${document.locate(path)}: ${name === '' ? '' : `${name}: `}${rule(issue, schema)}`;
     }),
   );
+}
+
+/** What is wrong by the one form of a union that was meant: whose required members are there, and no others. Else the issue. */
+function closestIssues(issue: z.core.$ZodIssue): readonly z.core.$ZodIssue[] {
+  if (issue.code !== 'invalid_union') return [issue];
+  const meant = issue.errors.filter((issues) =>
+    issues.every(({ path, input }) => path.length > 0 && input !== undefined),
+  );
+  if (meant.length !== 1) return [issue];
+  return meant[0]!.flatMap((inner) => closestIssues({ ...inner, path: [...issue.path, ...inner.path] }));
 }
 
 function rule(issue: z.core.$ZodIssue, schema: z.ZodType): string {

@@ -1,7 +1,7 @@
 /** Logs of the dispatcher and the node in this process. */
 import { Writable } from 'node:stream';
-import { createLogger } from '@millrace/node';
-import type { LogLevel, Logger } from '@millrace/runner';
+import { createLogger, logLevelOf } from '@millrace/node';
+import type { Logger } from '@millrace/runner';
 import { terminalFeatures } from './terminal.ts';
 import type { Io } from './io.ts';
 
@@ -11,16 +11,11 @@ import type { Io } from './io.ts';
  */
 export function operatorLogger(io: Io, secrets: readonly string[] = []): Logger {
   const format = io.env['LOG_FORMAT']?.trim().toLowerCase();
-  const level = io.env['LOG_LEVEL']?.trim().toLowerCase() ?? '';
   return createLogger({
     format: format === 'text' || (!format && terminalFeatures(io.stderr, io.env).live) ? 'text' : 'json',
-    level: isLevel(level) ? level : 'info',
+    level: logLevelOf(io.env['LOG_LEVEL'] ?? '') ?? 'info',
     secrets,
   });
-}
-
-function isLevel(text: string): text is LogLevel | 'off' {
-  return ['debug', 'info', 'warn', 'error', 'off'].includes(text);
 }
 
 /**

@@ -35,6 +35,7 @@ describe('usage', () => {
     'job show',
     'job watch',
     'job logs',
+    'job explain',
     'job cancel',
     'get',
     'nodes',
@@ -69,11 +70,27 @@ describe('usage', () => {
     [['jobs', '--status', 'done'], /--status must be one of pending, .*, got "done"/],
     [['up', '--port', '70000'], /--port must be an integer from 0 to 65535, got "70000"/],
     [
-      ['dispatch', 'serve', '--store', 'postgres://db/x'],
-      /--store postgres: is not in this version; use sqlite:PATH/,
+      ['dispatch', 'serve', '--store', 'postgres://me:secret@:99999999/x'],
+      /the store must be postgres:\/\/USER(?!.*secret)/,
     ],
-    [['dispatch', 'serve', '--blobs', 's3://bucket'], /--blobs s3: is not in this version; use file:DIR/],
-    [['dispatch', 'serve', '--store', 'mysql:x'], /--store must be sqlite:PATH, got "mysql:x"/],
+    [['dispatch', 'serve', '--store', 'postgres://db'], /the URL of the store names no database/],
+    [
+      ['dispatch', 'serve', '--blobs', 's3://key:secret@bucket'],
+      /the URL of the blobs must not hold credentials(?!.*secret)/,
+    ],
+    [
+      ['dispatch', 'serve', '--blobs', 's3://bucket?acl=x'],
+      /the URL of the blobs has the unknown parameter "acl"/,
+    ],
+    [
+      ['dispatch', 'serve', '--blobs', 'gs://bucket'],
+      /--blobs must be file:DIR or s3:\/\/BUCKET…, got "gs:\/\/bucket"/,
+    ],
+    [['dispatch', 'serve', '--store', 'mysql://u:secret@x'], /got "mysql:\/\/…@x"/],
+    [
+      ['dispatch', 'serve', '--store', 'mysql:x'],
+      /--store must be sqlite:PATH or postgres:\/\/…, got "mysql:x"/,
+    ],
     [['nodes', 'add', '--name', 'x', '--mode', 'secret'], /--mode must be public or dedicated, got "secret"/],
     [['submit', 'none.yaml'], /cannot read the job file none\.yaml/],
     [['node', 'start', '--callbacks', 'a:b:c'], /--callbacks must be PORT or HOST:PORT, got "a:b:c"/],
@@ -98,6 +115,46 @@ describe('usage', () => {
         /^ +"millrace nodes add" makes credentials; give them with --env-file or in the environment$/,
       ),
     ]);
+  });
+
+  test('the settings of a node are shown with which file, or the environment, had the last word', async () => {
+    await write('millrace.config.json', '{"maxConcurrency":3}');
+    await write(
+      'node.env',
+      `REG_SECRET=c2VjcmV0\nSECP256K1_PRIVHEX=${'01'.repeat(32)}\nNOOP_SLEEP_SECS=7\nCLIENT_ID=x\n`,
+    );
+    const { code, stdout } = await ask(
+      ['node', 'start', '--env-file', 'node.env', '--print-config', '--json'],
+      place,
+      { env: { CLIENT_ID: 'me', RUST_LOG: 'debug' } },
+    );
+    expect(code).toBe(0);
+    const { config } = json(stdout) as { config: { name: string }[] };
+    const shown = (name: string): unknown => config.find((entry) => entry.name === name);
+    expect(shown('MAX_CONCURRENCY')).toMatchObject({
+      value: 3,
+      from: expect.stringMatching(/millrace\.config\.json$/),
+    });
+    expect(shown('REG_SECRET')).toMatchObject({ value: '<redacted>', from: 'node.env' });
+    expect(shown('NOOP_SLEEP_SECS')).toMatchObject({ value: 7, from: 'node.env' });
+    expect(shown('CLIENT_ID')).toMatchObject({ value: 'me', from: 'environment' });
+    expect(shown('LOG_LEVEL')).toMatchObject({ value: 'debug', source: 'RUST_LOG', from: 'environment' });
+    expect(shown('ENABLE_NOOP')).toMatchObject({ value: false, from: 'default' });
+    expect(stdout).not.toContain('c2VjcmV0');
+    expect(stdout).not.toContain('0101');
+  });
+
+  test('a store that cannot be reached is exit code 4, and its password is not repeated', async () => {
+    const url = 'postgres://me:secret@127.0.0.1:1/jobs';
+    for (const [args, env] of [
+      [['--store', url], {}],
+      [[], { MILLRACE_STORE: url }],
+    ] as const) {
+      const { code, stderr } = await ask(['dispatch', 'serve', '--port', '0', ...args], place, { env });
+      expect(code).toBe(4);
+      expect(stderr).toMatch(/"jobs" at 127\.0\.0\.1:1 \(user me\) cannot be reached/);
+      expect(stderr).not.toContain('secret');
+    }
   });
 
   test('with --json an error is a document on stdout', async () => {

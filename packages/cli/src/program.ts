@@ -2,23 +2,28 @@
  * The tree of commands, and the one place where an error becomes words and an exit code. Commands load what they need
  * when they run, so that `millrace --help` and a typing error answer at once.
  */
-import { readFileSync } from 'node:fs';
 import { MillraceError, describeError } from '@millrace/runner';
 import { Command, CommanderError } from 'commander';
 import type { Session } from './command.ts';
+import { registerCompute } from './commands/compute.ts';
+import { registerDead } from './commands/dead.ts';
 import { registerDispatch } from './commands/dispatch.ts';
 import { registerDoctor } from './commands/doctor.ts';
 import { registerGet } from './commands/get.ts';
 import { registerJobs } from './commands/jobs.ts';
 import { registerNode } from './commands/node.ts';
 import { registerNodes } from './commands/nodes.ts';
+import { registerQueues } from './commands/queues.ts';
 import { registerRun } from './commands/run.ts';
+import { registerRuntime } from './commands/runtime.ts';
+import { registerSchedules } from './commands/schedules.ts';
 import { registerSubmit } from './commands/submit.ts';
 import { registerUp } from './commands/up.ts';
 import { EXIT, exitCodeOf, type ExitCode } from './exit-codes.ts';
 import { Output, type Io } from './io.ts';
 import { paint, terminalFeatures } from './terminal.ts';
 import { oneLine } from './text-width.ts';
+import { programVersion } from './version.ts';
 
 /** Parses `argv` (without the interpreter and the script), runs the command, and resolves with its exit code. */
 export async function runProgram(io: Io, argv: readonly string[]): Promise<ExitCode> {
@@ -35,12 +40,6 @@ export async function runProgram(io: Io, argv: readonly string[]): Promise<ExitC
   } catch (error) {
     return report(session, error, commandPath(program, argv));
   }
-}
-
-/** The version of this package. */
-export function programVersion(): string {
-  const text = readFileSync(new URL('../package.json', import.meta.url), 'utf8');
-  return (JSON.parse(text) as { version: string }).version;
 }
 
 function buildProgram(session: Session): Command {
@@ -71,10 +70,15 @@ function buildProgram(session: Session): Command {
   registerRun(program, session);
   registerSubmit(program, session);
   registerJobs(program, session);
+  registerDead(program, session);
+  registerSchedules(program, session);
   registerGet(program, session);
+  registerQueues(program, session);
   registerNodes(program, session);
   registerNode(program, session);
   registerDispatch(program, session);
+  registerCompute(program, session);
+  registerRuntime(program, session);
   registerDoctor(program, session);
   return program;
 }

@@ -51,6 +51,11 @@ export function oneLine(text: string): string {
   return text.replace(ESCAPES, '').replace(CONTROLS, ' ').trim();
 }
 
+/** A line that a program printed, as safe to show as {@link oneLine} makes it, its tabs and indentation kept. */
+export function printable(text: string): string {
+  return text.replace(ESCAPES, '').replace(CONTROLS, (char) => (char === '\t' ? char : ' '));
+}
+
 /** `text` cut to `width` columns, ending in `…` when something was cut. Text must not hold escape sequences. */
 export function fitWidth(text: string, width: number): string {
   if (textWidth(text) <= width) return text;

@@ -11,7 +11,7 @@ export async function watchToEnd(
   jobId: string,
   signal: AbortSignal,
 ): Promise<ExitCode> {
-  const { detail, events } = await followJob(io, requestor, jobId, { signal });
+  const { detail, logs } = await followJob(io, requestor, jobId, { signal });
   const artifacts = artifactsOf(detail);
   out.result(
     {
@@ -19,7 +19,7 @@ export async function watchToEnd(
       artifacts: artifacts.map(({ path, id, taskId }) => ({ path, id, task_id: taskId })),
     },
     () => [
-      ...jobLines(detail, events, out.paint),
+      ...jobLines(detail, logs, out.paint),
       ...(artifacts.length === 0
         ? []
         : [

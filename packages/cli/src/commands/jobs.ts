@@ -1,14 +1,17 @@
-/** `millrace jobs` and `millrace job show|watch|logs|cancel`: what was submitted and how it is doing. */
+/** `millrace jobs` and `millrace job show|watch|cancel`: what was submitted and how it is doing. */
 import type { Command } from 'commander';
 import type { JobDetail } from '@millrace/dispatch';
 import type { Requestor } from '@millrace/dispatch/client';
-import { MillraceError } from '@millrace/runner';
-import { action, examples, type Session } from '../command.ts';
+import { MillraceError, type Json } from '@millrace/runner';
+import { action, connected, examples, type Session } from '../command.ts';
 import { EXIT, type ExitCode } from '../exit-codes.ts';
 import type { CommandContext } from '../io.ts';
 import type { Paint } from '../terminal.ts';
 import { oneLine, table, type Column } from '../text-width.ts';
 import { formatDuration, formatTime, parseInteger } from '../units.ts';
+import { registerJobRedrive } from './dead.ts';
+import { registerJobExplain } from './job-explain.ts';
+import { registerJobLogs } from './job-logs.ts';
 
 const STATUSES = ['pending', 'running', 'completed', 'failed', 'canceled'] as const;
 type JobStatus = (typeof STATUSES)[number];
@@ -17,11 +20,6 @@ interface ListOptions {
   readonly status?: string;
   readonly limit: string;
 }
-interface LogsOptions {
-  readonly follow?: boolean;
-  readonly task?: string;
-}
-
 export function registerJobs(program: Command, session: Session): void {
   program
     .command('jobs')
@@ -36,7 +34,7 @@ export function registerJobs(program: Command, session: Session): void {
       ]),
     )
     .action(action(session, list));
-  const job = program.command('job').description('one job: show, watch, logs, cancel');
+  const job = program.command('job').description('one job: show, watch, logs, explain, cancel, redrive');
   job
     .command('show')
     .description('the job, its tasks and what became of each attempt')
@@ -57,17 +55,8 @@ export function registerJobs(program: Command, session: Session): void {
       ]),
     )
     .action(action(session, watch));
-  job
-    .command('logs')
-    .description('what the tasks logged')
-    .argument('<job-id>')
-    .option('-f, --follow', 'go on until the job has ended')
-    .option('--task <id>', 'only this task')
-    .addHelpText(
-      'after',
-      examples([['millrace job logs -f 6f9619ff-8b86-4d01-b42d-00cf4fc964ff', 'as it happens']]),
-    )
-    .action(action(session, logs));
+  registerJobLogs(job, session);
+  registerJobExplain(job, session);
   job
     .command('cancel')
     .description('cancel the job: queued tasks end now, running ones are told to stop')
@@ -82,20 +71,7 @@ export function registerJobs(program: Command, session: Session): void {
       ]),
     )
     .action(action(session, cancel));
-}
-
-async function connected<T>(
-  context: CommandContext,
-  work: (requestor: Requestor, signal: AbortSignal) => Promise<T>,
-  interrupted = 'interrupted',
-): Promise<T> {
-  const { resolveAddress, withRequestor } = await import('../connection.ts');
-  const address = await resolveAddress(context);
-  return await withRequestor(address, async (requestor) => {
-    const stop = new AbortController();
-    using _ = context.io.onStop(() => stop.abort(new MillraceError('canceled', interrupted)));
-    return await work(requestor, stop.signal);
-  });
+  registerJobRedrive(job, session);
 }
 
 async function list(context: CommandContext, options: ListOptions): Promise<ExitCode> {
@@ -174,9 +150,10 @@ function statusText(status: string, paint: Paint): string {
 
 async function show(context: CommandContext, _options: object, jobId: string): Promise<ExitCode> {
   const { io, out } = context;
-  const [{ taskName }, { artifactsOf }] = await Promise.all([
+  const [{ taskName }, { artifactsOf }, { usageLines }] = await Promise.all([
     import('../progress.ts'),
     import('../job-outcome.ts'),
+    import('../usage-lines.ts'),
   ]);
   const [detail, nodes] = await connected(context, async (requestor, signal) => {
     const found = await requestor.job(jobId, { signal });
@@ -184,7 +161,11 @@ async function show(context: CommandContext, _options: object, jobId: string): P
     const known = await requestor.nodes({ signal }).catch(() => []);
     return [found, new Map(known.map((node) => [node.id, oneLine(node.name)]))] as const;
   });
-  out.result(detail, () => showLines(detail, nodes, io.now(), out.paint, taskName, artifactsOf(detail)));
+  out.result(detail, () => {
+    const names = detail.tasks.map((task) => [task.id, taskName(task)] as const);
+    const used = usageLines(names, detail.receipts, out.paint);
+    return showLines(detail, nodes, io.now(), out.paint, taskName, artifactsOf(detail), used);
+  });
   return EXIT.done;
 }
 
@@ -195,6 +176,7 @@ function showLines(
   paint: Paint,
   taskName: (task: JobDetail['tasks'][number]) => string,
   artifacts: readonly { readonly path: string }[],
+  used: readonly string[],
 ): string[] {
   const { job, tasks, receipts } = detail;
   const rows = tasks.map((task) => {
@@ -210,7 +192,9 @@ function showLines(
       nodeId === null ? '-' : (nodes.get(nodeId) ?? nodeId),
       task.status === 'queued' && task.deps_remaining > 0
         ? `waits for ${task.deps_remaining} earlier ${task.deps_remaining === 1 ? 'stage' : 'stages'}`
-        : oneLine(task.reason ?? ''),
+        : task.status === 'queued' && task.not_before !== null && receipt === undefined
+          ? `not before ${formatTime(task.not_before, nowMs)}`
+          : oneLine(task.reason ?? sameAs(receipt?.meta)),
     ];
   });
   const columns: Column[] = [
@@ -227,9 +211,12 @@ function showLines(
     `  id         ${job.id}`,
     `  submitted  ${formatTime(job.created_at, nowMs)}`,
     `  changed    ${formatTime(job.updated_at, nowMs)}`,
+    ...(job.redrive_of === undefined ? [] : [`  redrives   ${job.redrive_of}`]),
+    ...(detail.redriven_as === undefined ? [] : [`  redriven   as ${detail.redriven_as.join(', ')}`]),
     ...(job.deadline_at === null ? [] : [`  deadline   ${formatTime(job.deadline_at, nowMs)}`]),
     '',
     ...table(columns, rows, paint.dim),
+    ...used,
   ];
   const failures = receipts.filter((receipt) => receipt.outcome !== 'completed');
   if (failures.length > 0) {
@@ -250,6 +237,16 @@ function showLines(
   return lines;
 }
 
+/** Of a task that was completed from an earlier result: whose. */
+function sameAs(meta: Json | undefined): string {
+  if (typeof meta !== 'object' || meta === null || Array.isArray(meta)) return '';
+  const { memo } = meta;
+  if (typeof memo !== 'object' || memo === null || Array.isArray(memo)) return '';
+  const { task_id: taskId, job_id: jobId } = memo;
+  if (typeof taskId !== 'string') return '';
+  return `as task ${taskId}${typeof jobId === 'string' ? ` of job ${jobId}` : ''}`;
+}
+
 async function watch(context: CommandContext, _options: object, jobId: string): Promise<ExitCode> {
   const { watchToEnd } = await import('../watch.ts');
   return await connected(
@@ -257,46 +254,6 @@ async function watch(context: CommandContext, _options: object, jobId: string): 
     (requestor, signal) => watchToEnd(context, requestor, jobId, signal),
     `stopped watching; the job goes on: "millrace job watch ${jobId}", "millrace job cancel ${jobId}"`,
   );
-}
-
-async function logs(context: CommandContext, options: LogsOptions, jobId: string): Promise<ExitCode> {
-  const { io, out } = context;
-  const [{ logLine }, { taskName }] = await Promise.all([
-    import('../job-outcome.ts'),
-    import('../progress.ts'),
-  ]);
-  const entries = await connected(context, async (requestor, signal) => {
-    const { tasks } = await requestor.job(jobId, { signal });
-    const names = new Map(tasks.map((task) => [task.id, taskName(task)]));
-    if (options.task !== undefined && !names.has(options.task)) {
-      throw new MillraceError(
-        'not_found',
-        `job ${jobId} has no task ${options.task}; "millrace job show --json" lists them`,
-      );
-    }
-    const kept: unknown[] = [];
-    for await (const event of requestor.events(jobId, { signal, follow: options.follow === true })) {
-      const line = logLine(event);
-      if (line === null || event.task_id === null) continue;
-      if (options.task !== undefined && event.task_id !== options.task) continue;
-      // The document needs all of them at the end; lines go out as they come.
-      if (out.json) kept.push({ at: event.at, task_id: event.task_id, event: event.data['event'] ?? null });
-      else
-        io.stdout.write(
-          `${out.paint.dim(clockText(event.at))}  ${names.get(event.task_id) ?? event.task_id}  ${line}\n`,
-        );
-    }
-    return kept;
-  });
-  if (out.json) out.document({ job_id: jobId, logs: entries });
-  return EXIT.done;
-}
-
-/** `14:03:07.250`, local. */
-function clockText(iso: string): string {
-  const at = new Date(iso);
-  const two = (value: number): string => String(value).padStart(2, '0');
-  return `${two(at.getHours())}:${two(at.getMinutes())}:${two(at.getSeconds())}.${String(at.getMilliseconds()).padStart(3, '0')}`;
 }
 
 async function cancel(context: CommandContext, _options: object, jobId: string): Promise<ExitCode> {

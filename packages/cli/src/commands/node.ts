@@ -4,11 +4,16 @@ import path from 'node:path';
 import { parseEnv } from 'node:util';
 import type { Command } from 'commander';
 import { MillraceError, type Runner } from '@millrace/runner';
+import type { ComputeNode } from '@millrace/node';
 import { action, examples, repeatable, type Session } from '../command.ts';
+import { COMPUTE_CACHE, resolveDataDir } from '../data-dir.ts';
 import { EXIT, type ExitCode } from '../exit-codes.ts';
 import type { CommandContext } from '../io.ts';
+import { metricsAddress, metricsBuckets, parseListen } from '../node-metrics.ts';
+import { logSandbox } from '../sandbox-note.ts';
 import type { Env } from '../terminal.ts';
 import { table } from '../text-width.ts';
+import { openTracer } from '../tracing.ts';
 import { parseInteger } from '../units.ts';
 
 interface StartOptions {
@@ -20,6 +25,7 @@ interface StartOptions {
   readonly drainSecs?: string;
   readonly callbacks?: string;
   readonly repeatRegistrationSecs?: string;
+  readonly metrics?: string;
 }
 
 export function registerNode(program: Command, session: Session): void {
@@ -54,6 +60,10 @@ export function registerNode(program: Command, session: Session): void {
       '--repeat-registration-secs <n>',
       'register again this often; 0: never (default: as the server announces, else never)',
     )
+    .option(
+      '--metrics <[host:]port>',
+      'serve GET /metrics and /health there (default: do not; host 127.0.0.1; 0 picks a free port)',
+    )
     .addHelpText(
       'after',
       examples([
@@ -61,7 +71,7 @@ export function registerNode(program: Command, session: Session): void {
           'millrace node start --env-file node.env --runner ./resize.ts',
           'a node with credentials from "millrace nodes add"',
         ],
-        ['millrace node start --env-file node.env --print-config', 'what it would run with'],
+        ['millrace node start --env-file node.env --print-config', 'what it would run with, and from where'],
       ]) +
         `
 Environment (required: REG_SECRET, SECP256K1_PRIVHEX):
@@ -69,6 +79,9 @@ Environment (required: REG_SECRET, SECP256K1_PRIVHEX):
   MAX_CONCURRENCY                       tasks at once (1)
   LOG_LEVEL, LOG_FORMAT                 debug|info|warn|error|off (info); json|text (json)
   ENABLE_NOOP, NOOP_SLEEP_SECS          adds a runner for /millrace/noop/v1 that waits
+  MILLRACE_METRICS                      as --metrics
+  MILLRACE_METRICS_BUCKETS              bounds of the durations' buckets, seconds: 0.1,1,10
+  OTEL_EXPORTER_OTLP_ENDPOINT           where traces go (none), and the other OTEL_ variables
   and the others that --print-config lists.
 
 SIGTERM or Ctrl-C stops: no new work, running tasks get the drain time. Again: they are aborted. Again: killed.
@@ -87,24 +100,41 @@ async function start(context: CommandContext, options: StartOptions): Promise<Ex
     options.repeatRegistrationSecs === undefined
       ? null
       : parseInteger(options.repeatRegistrationSecs, '--repeat-registration-secs', 0, 7 * 24 * 3600);
-  const callbacks = options.callbacks === undefined ? null : parseCallbacks(options.callbacks);
-  const [{ loadConfig }, { runnerSpecs }, { parseNodeEnv, describeConfig, createNode, createLogger }] =
-    await Promise.all([import('../config-file.ts'), import('../runner-specs.ts'), import('@millrace/node')]);
+  const callbacks = options.callbacks === undefined ? null : parseListen(options.callbacks, '--callbacks');
+  const [
+    { loadConfig },
+    { runnerSpecs },
+    { parseNodeEnv, describeConfig, createNode, createLogger, openMetricsServer, prometheusMetrics },
+  ] = await Promise.all([
+    import('../config-file.ts'),
+    import('../runner-specs.ts'),
+    import('@millrace/node'),
+  ]);
   const config = await loadConfig(options.config, io.cwd);
-  const env: Env = {
-    ...(config.maxConcurrency !== null && { MAX_CONCURRENCY: String(config.maxConcurrency) }),
-    ...(options.envFile === undefined ? {} : await readEnvFile(options.envFile, io.cwd)),
-    ...io.env,
-  };
+  const layers: readonly Layer[] = [
+    {
+      from: config.file ?? '',
+      env: config.maxConcurrency === null ? {} : { MAX_CONCURRENCY: String(config.maxConcurrency) },
+    },
+    {
+      from: options.envFile ?? '',
+      env: options.envFile === undefined ? {} : await readEnvFile(options.envFile, io.cwd),
+    },
+    { from: 'environment', env: io.env },
+  ];
+  const env: Env = Object.assign({}, ...layers.map((layer) => layer.env));
   if (options.printConfig) {
-    const entries = describeConfig(env);
+    const entries = withHint(() => describeConfig(env)).map((entry) => ({
+      ...entry,
+      from: fromOf(entry.source, layers),
+    }));
     out.result({ config: entries, file: config.file }, () =>
       table(
         [{ title: 'NAME' }, { title: 'VALUE' }, { title: 'FROM' }],
-        entries.map(({ name, value, source }) => [
+        entries.map(({ name, value, source, from }) => [
           name,
           value === null ? '-' : String(value),
-          source === null ? 'default' : source === name ? 'set' : source,
+          source === null || source === name ? from : `${from}, as ${source}`,
         ]),
         out.paint.dim,
       ),
@@ -112,11 +142,14 @@ async function start(context: CommandContext, options: StartOptions): Promise<Ex
     return EXIT.done;
   }
   const nodeConfig = withHint(() => parseNodeEnv(env));
+  const metricsAt = metricsAddress(options.metrics, env);
+  const buckets = metricsBuckets(env);
   const specs = await runnerSpecs(options.runner ?? [], config, io.cwd);
-  if (specs.length === 0 && !nodeConfig.enableNoop) {
+  const compute = config.compute === false ? null : config.compute;
+  if (specs.length === 0 && compute === null && !nodeConfig.enableNoop) {
     throw new MillraceError(
       'invalid_argument',
-      'the node has no runners: name modules with --runner or in millrace.config.ts (ENABLE_NOOP=true adds one for trying out)',
+      'the node has no runners: name modules with --runner or in millrace.config.ts, or say compute: true there (ENABLE_NOOP=true adds one for trying out)',
     );
   }
   const log = createLogger({
@@ -124,24 +157,51 @@ async function start(context: CommandContext, options: StartOptions): Promise<Ex
     level: nodeConfig.logLevel,
     secrets: [nodeConfig.regSecret, nodeConfig.privateKeyHex],
   });
-  const { openRunners, closeRunners } = await import('../embed-runners.ts');
+  const [{ openRunners, closeRunners, placed }, { COMPUTE_CAPABILITY, openComputeRunner }] =
+    await Promise.all([import('../embed-runners.ts'), import('../compute-runner.ts')]);
   const runners: Runner[] = await openRunners(specs, log);
   if (nodeConfig.enableNoop) {
     const { noopRunner } = await import('../noop-runner.ts');
     runners.push(noopRunner(nodeConfig.noopSleepMs));
   }
+  if (compute !== null && !runners.some(({ capability }) => capability === COMPUTE_CAPABILITY)) {
+    try {
+      runners.push(
+        await openComputeRunner({
+          spec: compute,
+          cacheDir: path.join(resolveDataDir(context), COMPUTE_CACHE),
+          dmsBaseUrl: nodeConfig.dmsBaseUrl,
+          tokens: () => (node as ComputeNode).tokens,
+          timeoutMs: nodeConfig.requestTimeoutMs,
+          proxy: nodeConfig.proxy,
+        }),
+      );
+    } catch (error) {
+      await closeRunners(runners);
+      throw error;
+    }
+  }
+  const metrics =
+    metricsAt === null
+      ? null
+      : await prometheusMetrics(buckets === undefined ? {} : { bucketsSeconds: buckets });
+  await using tracer = await openTracer(env, 'millrace-node', log);
   const drainMs = drainSecs === null ? config.drainMs : drainSecs * 1000;
   const workDir = workDirOf(context, options);
-  let node;
+  let node: ComputeNode | null = null;
   try {
     node = createNode({
       config: nodeConfig,
-      runners,
+      runners: placed(runners, specs),
       labels: config.labels,
+      supervision: config.supervision,
+      env: config.env,
       ...(workDir !== null && { workDir }),
       ...(drainMs !== null && { drainMs }),
       ...(callbacks !== null && { callbacks }),
       ...(repeatSecs !== null && { repeatRegistrationMs: repeatSecs === 0 ? null : repeatSecs * 1000 }),
+      ...(metrics !== null && { metrics }),
+      ...(tracer !== null && { tracer }),
       log,
     });
   } catch (error) {
@@ -149,6 +209,16 @@ async function start(context: CommandContext, options: StartOptions): Promise<Ex
     throw error;
   }
   await using running = node;
+  await using served =
+    metrics === null || metricsAt === null
+      ? null
+      : await openMetricsServer({
+          ...metricsAt,
+          metrics,
+          health: () => ({ state: running.state, active: running.active }),
+          log,
+        });
+  void logSandbox(runners, log);
   const { stopLadder } = await import('../stop-ladder.ts');
   using _ = stopLadder(io, running, drainMs);
   out.result(
@@ -157,14 +227,28 @@ async function start(context: CommandContext, options: StartOptions): Promise<Ex
       dms_url: nodeConfig.dmsBaseUrl,
       capabilities: runners.map((runner) => runner.capability),
       concurrency: nodeConfig.maxConcurrency,
+      ...(served !== null && { metrics_url: `${served.url}/metrics` }),
       pid: io.pid,
     },
     () => [
       `node ${running.wallet} takes ${runners.map((runner) => runner.capability).join(', ')} from ${nodeConfig.dmsBaseUrl}`,
+      ...(served === null ? [] : [`metrics ${served.url}/metrics`]),
     ],
   );
   await running.run();
   return EXIT.done;
+}
+
+/** Variables by where they come from; `from` is for people. */
+interface Layer {
+  readonly from: string;
+  readonly env: Env;
+}
+
+/** Which of the layers, of which a later one wins, has the last word on a variable; null: none. */
+function fromOf(variable: string | null, layers: readonly Layer[]): string {
+  const layer = layers.findLast(({ env }) => variable !== null && env[variable] !== undefined);
+  return layer?.from ?? 'default';
 }
 
 /** Names where credentials come from when it is they that are missing or wrong. */
@@ -187,19 +271,6 @@ function workDirOf({ io, options: common }: CommandContext, options: StartOption
   if (options.workDir !== undefined) return path.resolve(io.cwd, options.workDir);
   const data = common.data || io.env['MILLRACE_DATA'];
   return data ? path.resolve(io.cwd, data, 'work') : null;
-}
-
-/** `port` or `host:port`; an IPv6 host in brackets. */
-function parseCallbacks(text: string): { readonly host?: string; readonly port: number } {
-  const match = /^(?:(\[[^\]]+\]|[^:]+):)?(\d+)$/.exec(text);
-  if (match === null) {
-    throw new MillraceError(
-      'invalid_argument',
-      `--callbacks must be PORT or HOST:PORT, got ${JSON.stringify(text)}`,
-    );
-  }
-  const port = parseInteger(match[2]!, '--callbacks port', 0, 65_535);
-  return match[1] === undefined ? { port } : { host: match[1].replace(/^\[|\]$/g, ''), port };
 }
 
 async function readEnvFile(file: string, cwd: string): Promise<Env> {

@@ -12,9 +12,9 @@ import { resolveDataDir } from '../data-dir.ts';
 import { EXIT, type ExitCode } from '../exit-codes.ts';
 import type { Interruption } from '../interruption.ts';
 import type { CommandContext } from '../io.ts';
-import type { JobFile } from '../job-file.ts';
 import type { ProgressDisplay } from '../progress-display.ts';
 import type { PlanOptions, RunPlan } from '../run-plan.ts';
+import type { BuiltJobFile } from '../submission.ts';
 import { oneLine } from '../text-width.ts';
 import { formatBytes, formatDuration, parseDuration, parseInteger } from '../units.ts';
 
@@ -28,7 +28,10 @@ export function registerRun(program: Command, session: Session): void {
   program
     .command('run')
     .description('run one job from start to finish and fetch its artifacts')
-    .argument('<module|job>', 'a runner module (.ts, .mts, .js, .mjs), or a job file (.yaml, .yml, .json)')
+    .argument(
+      '<module|job|capability>',
+      'a runner module (.ts, .mts, .js, .mjs), a job file (.yaml, .yml, .json), or a capability of the config file, /name/v1',
+    )
     .option(
       '--input <file>',
       'an input, in order; - is stdin. Beside a job file: name=FILE for "input:name"',
@@ -38,7 +41,7 @@ export function registerRun(program: Command, session: Session): void {
     .option('--label <text>', 'what the job is called')
     .option('--out <dir>', 'where artifacts go, under their logical paths', './out')
     .option('--timeout <duration>', 'cancel the job after this long: 90, 90s, 15m, 2h')
-    .option('--runner <module>', 'beside a job file: a runner module; repeatable', repeatable)
+    .option('--runner <module>', 'beside a job file or capability: a runner module; repeatable', repeatable)
     .option('--config <file>', 'config file (default: millrace.config.* here, if any)')
     .option('--concurrency <n>', 'tasks at once (default: the number of processors)')
     .addHelpText(
@@ -50,6 +53,11 @@ export function registerRun(program: Command, session: Session): void {
         ],
         ['cat data.csv | millrace run ./report.ts --input - --out ./report', 'an input from a pipe'],
         ['millrace run job.yaml --runner ./a.ts --runner ./b.ts', 'a job of several tasks'],
+        [
+          `millrace run /images/thumbnail/v1 --input photo.jpg --meta '{"size":128}'`,
+          'one task for a runner of the config file',
+        ],
+        ['millrace run job.yaml', 'a job whose tasks are computes ("op://name" is name.ts beside it)'],
         [
           'millrace run ./resize.ts --input photo.jpg --url http://10.0.0.5:7070',
           'on the nodes of a dispatcher elsewhere',
@@ -123,6 +131,7 @@ async function runHere(execution: Execution, concurrency: number | null, log: Lo
     env: context.io.env,
     runners: plan.runners,
     config: plan.config,
+    compute: plan.compute,
     concurrency,
     log,
   });
@@ -160,7 +169,7 @@ interface Finished {
 }
 
 /** Submits, follows, fetches. */
-async function execute(execution: Execution, address: Address, file: JobFile): Promise<Finished> {
+async function execute(execution: Execution, address: Address, file: BuiltJobFile): Promise<Finished> {
   const { interruption, timeoutMs } = execution;
   const { io, out } = execution.context;
   const { signal } = interruption;
@@ -173,12 +182,15 @@ async function execute(execution: Execution, address: Address, file: JobFile): P
       import('../transfer.ts'),
     ]);
   return await withRequestor(address, async (requestor) => {
-    const jobId = await submitWithInputs(io, requestor, file, execution.plan.named, { signal });
+    const jobId = await submitWithInputs(io, requestor, file, execution.plan.named, {
+      signal,
+      dataDir: resolveDataDir(execution.context),
+    });
     interruption.jobSubmitted(() => requestor.cancel(jobId, { signal }));
     const overdue = `not done after ${formatDuration(timeoutMs ?? 0)}`;
     using deadline = timeoutSignal(systemClock, timeoutMs ?? FOR_EVER_MS, () => overdue);
     deadline.signal.addEventListener('abort', () => interruption.cancel(overdue));
-    const { detail, events } = await followJob(io, requestor, jobId, {
+    const { detail, logs } = await followJob(io, requestor, jobId, {
       signal,
       onDisplay: execution.onDisplay,
     });
@@ -198,7 +210,7 @@ async function execute(execution: Execution, address: Address, file: JobFile): P
           ...(skipped.length > 0 && { skipped }),
         },
         () => [
-          ...outcome.jobLines(detail, events, out.paint),
+          ...outcome.jobLines(detail, logs, out.paint),
           ...(timedOut ? [`  timeout: ${overdue}`] : []),
           ...artifacts.map(
             (saved) => `  ${oneLine(shortPath(io.cwd, saved.file))}  ${formatBytes(saved.size)}`,

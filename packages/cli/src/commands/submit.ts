@@ -2,6 +2,7 @@
 import type { Command } from 'commander';
 import { MillraceError } from '@millrace/runner';
 import { action, examples, repeatable, type Session } from '../command.ts';
+import { resolveDataDir } from '../data-dir.ts';
 import { EXIT, type ExitCode } from '../exit-codes.ts';
 import type { CommandContext } from '../io.ts';
 import { terminalFeatures } from '../terminal.ts';
@@ -34,6 +35,9 @@ A job file:
       capability: /examples/resize/v1
       inputs_cids: [file:./photo.jpg]     # uploaded first; relative to the job file
       meta: { size: 256 }
+    - stage: summary
+      capability: /compute/v1             # code that travels with the job
+      meta: { ref: op://summary }         # summary.ts, .js or .wasm beside the job file
     - stage: sheet
       capability: /examples/sheet/v1
       inputs_cids: [stage:resize]         # whatever the stage before gave
@@ -63,10 +67,11 @@ async function submit(context: CommandContext, options: SubmitOptions, file: str
   const job = await readJobFile(file, io.cwd, io.stdin);
   // Nothing that is wrong on this machine should need a dispatcher to be found.
   await checkInputs(job, named, file === '-');
-  const [{ resolveAddress, withRequestor }, { submitWithInputs }] = await Promise.all([
+  const [{ resolveAddress, withRequestor }, { buildComputes, submitWithInputs }] = await Promise.all([
     import('../connection.ts'),
     import('../submission.ts'),
   ]);
+  const built = await buildComputes(job);
   const address = await resolveAddress(context);
   return await withRequestor(address, async (requestor) => {
     const stop = new AbortController();
@@ -81,8 +86,9 @@ async function submit(context: CommandContext, options: SubmitOptions, file: str
         ),
       ),
     );
-    jobId = await submitWithInputs(io, requestor, job, named, {
+    jobId = await submitWithInputs(io, requestor, built, named, {
       signal: stop.signal,
+      dataDir: resolveDataDir(context),
       ...(key !== undefined && { idempotencyKey: key }),
     });
     if (!options.watch) {

@@ -4,6 +4,7 @@ import { action, examples, type Session } from '../command.ts';
 import { resolveDataDir } from '../data-dir.ts';
 import { EXIT, type ExitCode } from '../exit-codes.ts';
 import type { CommandContext } from '../io.ts';
+import { logSandbox } from '../sandbox-note.ts';
 import { parseInteger } from '../units.ts';
 
 interface UpOptions {
@@ -64,11 +65,13 @@ async function up(
     env: io.env,
     runners: await runnerSpecs(modules, config, io.cwd),
     config,
+    compute: config.compute === false ? null : (config.compute ?? {}),
     concurrency,
     log,
   });
   // Listening from before the first line: whoever reads it may send the signal at once.
   using ladder = stopLadder(io, embedded.node, config.drainMs);
+  void logSandbox(embedded.runners, log);
   const capabilities = embedded.runners.map((runner) => runner.capability);
   out.result(
     { url: embedded.url, data: dataDir, pid: io.pid, capabilities, concurrency: embedded.concurrency },
