@@ -1,7 +1,7 @@
 /** What several figures need: a dispatcher in a process of its own, a registered node, percentiles. */
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { mkdtemp, readFile, rm } from 'node:fs/promises';
+import { mkdtemp, open, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { createInterface } from 'node:readline';
@@ -28,14 +28,27 @@ export interface BenchDispatcher extends AsyncDisposable {
   readonly url: string;
   readonly client: Requestor;
   readonly dataDir: string;
+  readonly pid: number;
 }
 
-/** `millrace dispatch serve` as its own process over a new folder, removed afterwards. */
-export async function startDispatcher(): Promise<BenchDispatcher> {
+/**
+ * `millrace dispatch serve` as its own process over a new folder, removed afterwards. `store`: as its option; default SQLite in
+ * that folder.
+ */
+export async function startDispatcher(options: { readonly store?: string } = {}): Promise<BenchDispatcher> {
   const dataDir = await mkdtemp(path.join(tmpdir(), 'millrace-bench-'));
   const child: ChildProcess = spawn(
     process.execPath,
-    [MAIN, 'dispatch', 'serve', '--port', '0', '--data', dataDir],
+    [
+      MAIN,
+      'dispatch',
+      'serve',
+      '--port',
+      '0',
+      '--data',
+      dataDir,
+      ...(options.store === undefined ? [] : ['--store', options.store]),
+    ],
     { stdio: ['ignore', 'pipe', 'ignore'] },
   );
   const lines = createInterface({ input: child.stdout! });
@@ -47,11 +60,54 @@ export async function startDispatcher(): Promise<BenchDispatcher> {
     url,
     client,
     dataDir,
+    pid: child.pid ?? 0,
     async [Symbol.asyncDispose]() {
       await client.close();
       child.kill('SIGKILL');
       if (child.exitCode === null && child.signalCode === null) await once(child, 'exit');
       await rm(dataDir, { recursive: true, force: true });
+    },
+  };
+}
+
+/** `millrace node start` as its own process, with one runner module, or a config file, and its defaults. Killed when disposed. */
+export interface BenchNodeProcess extends AsyncDisposable {
+  readonly pid: number;
+}
+
+/** Resolves when the node has registered and logged in. */
+export async function startNode(
+  dispatcher: BenchDispatcher,
+  node: BenchNode,
+  runner: string | { readonly config: string; readonly maxConcurrency: number },
+): Promise<BenchNodeProcess> {
+  const workDir = await mkdtemp(path.join(tmpdir(), 'millrace-bench-node-'));
+  const given = typeof runner === 'string' ? ['--runner', runner] : ['--config', runner.config];
+  const child = spawn(process.execPath, [MAIN, 'node', 'start', ...given, '--work-dir', workDir], {
+    stdio: ['ignore', 'ignore', 'ignore'],
+    env: {
+      PATH: process.env['PATH'],
+      DDS_BASE_URL: dispatcher.url,
+      DMS_BASE_URL: `${dispatcher.url}/v1`,
+      REG_SECRET: node.registrationCredentials,
+      SECP256K1_PRIVHEX: node.privateKeyHex,
+      ...(typeof runner !== 'string' && { MAX_CONCURRENCY: String(runner.maxConcurrency) }),
+    },
+  });
+  const exited = once(child, 'exit');
+  const wallet = walletAddress(node.privateKeyHex);
+  for (;;) {
+    const nodes = await dispatcher.client.nodes();
+    if (nodes.some((one) => one.wallet === wallet && one.last_seen_at !== null)) break;
+    if (child.exitCode !== null) throw new Error(`the node ended with ${child.exitCode}`);
+    await new Promise((resolve) => void setTimeout(resolve, 50));
+  }
+  return {
+    pid: child.pid ?? 0,
+    async [Symbol.asyncDispose]() {
+      child.kill('SIGKILL');
+      await exited;
+      await rm(workDir, { recursive: true, force: true });
     },
   };
 }
@@ -94,6 +150,44 @@ export async function logIn(
 export function percentile(samples: readonly number[], p: number): number {
   const sorted = [...samples].sort((a, b) => a - b);
   return sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * p))] ?? Number.NaN;
+}
+
+/** How many times the second goes into the first, for people. */
+export function times(value: number, other: number): string {
+  const ratio = value / other;
+  return `${ratio.toFixed(ratio < 10 ? 2 : 0)}×`;
+}
+
+/** What is resident of a process now, in MiB, as Linux tells it. */
+export async function residentMiB(pid: number): Promise<number> {
+  const status = await readFile(`/proc/${pid}/status`, 'utf8');
+  return Number(/VmRSS:\s+(\d+) kB/.exec(status)?.[1] ?? Number.NaN) / 1024;
+}
+
+/** Processor time of a process so far, user and system, in milliseconds. The kernel counts it in ticks of 10 ms. */
+export async function cpuMs(pid: number): Promise<number> {
+  const line = await readFile(`/proc/${pid}/stat`, 'utf8');
+  // The name before the last parenthesis may hold anything; after it, user and system time are the 12th and 13th.
+  const fields = line.slice(line.lastIndexOf(')') + 2).split(' ');
+  return (Number(fields[11]) + Number(fields[12])) * 10;
+}
+
+/** The middle of so many writes of one KiB, each synced, to a new file in the temporary folder: what a commit costs at least. */
+export async function syncMs(count = 50): Promise<number> {
+  const folder = await mkdtemp(path.join(tmpdir(), 'millrace-bench-'));
+  try {
+    await using handle = await open(path.join(folder, 'sync'), 'w');
+    const took: number[] = [];
+    for (let index = 0; index < count; index += 1) {
+      const start = performance.now();
+      await handle.write(Buffer.alloc(1024, index));
+      await handle.sync();
+      took.push(performance.now() - start);
+    }
+    return percentile(took, 0.5);
+  } finally {
+    await rm(folder, { recursive: true, force: true });
+  }
 }
 
 export function ms(value: number): string {

@@ -3,9 +3,8 @@
  * as requestor and node and a dispatcher in a process of its own.
  */
 import { Pool } from 'undici';
-import { addNode, logIn, perSecond, startDispatcher, type Figure } from './fixtures.ts';
+import { addNode, logIn, perSecond, startDispatcher, type BenchDispatcher, type Figure } from './fixtures.ts';
 
-const TASKS = 60_000;
 const TASKS_PER_JOB = 5_000;
 const BATCH = 256;
 /** Requests a node keeps under way, so that commits are shared. */
@@ -17,8 +16,26 @@ interface LeasedTask {
   readonly task: { readonly id: string };
 }
 
+export interface HttpRates {
+  readonly tasksPerSec: number;
+  readonly submitsPerSec: number;
+  readonly leasesPerSec: number;
+}
+
 export async function httpThroughput(): Promise<Figure> {
   await using dispatcher = await startDispatcher();
+  const { tasksPerSec, submitsPerSec, leasesPerSec } = await throughHttp(dispatcher, 60_000);
+  return {
+    title: 'W1 over HTTP: durable no-op tasks, submit + lease + complete',
+    lines: [
+      `${perSecond(tasksPerSec)} tasks over loopback, batches of ${BATCH}, ${IN_FLIGHT} requests in flight (aim: 20,000/s; ratio ${(tasksPerSec / 20_000).toFixed(2)})`,
+      `of it: submit ${perSecond(submitsPerSec)}, lease + complete ${perSecond(leasesPerSec)}`,
+    ],
+  };
+}
+
+/** All of `tasks` are submitted, then all are done; a few before them warm up. */
+export async function throughHttp(dispatcher: BenchDispatcher, tasks: number): Promise<HttpRates> {
   const token = await logIn(dispatcher.url, await addNode(dispatcher.client, 'bench'), {
     capabilities: [CAPABILITY],
     maxConcurrency: BATCH * IN_FLIGHT * 2,
@@ -74,14 +91,11 @@ export async function httpThroughput(): Promise<Figure> {
   };
 
   await run(5_000);
-  const { submitMs, workMs } = await run(TASKS);
+  const { submitMs, workMs } = await run(tasks);
   await pool.close();
-  const rate = (TASKS / (submitMs + workMs)) * 1000;
   return {
-    title: 'W1 over HTTP: durable no-op tasks, submit + lease + complete',
-    lines: [
-      `${perSecond(rate)} tasks over loopback, batches of ${BATCH}, ${IN_FLIGHT} requests in flight (aim: 20,000/s; ratio ${(rate / 20_000).toFixed(2)})`,
-      `of it: submit ${perSecond((TASKS / submitMs) * 1000)}, lease + complete ${perSecond((TASKS / workMs) * 1000)}`,
-    ],
+    tasksPerSec: (tasks / (submitMs + workMs)) * 1000,
+    submitsPerSec: (tasks / submitMs) * 1000,
+    leasesPerSec: (tasks / workMs) * 1000,
   };
 }

@@ -18,7 +18,14 @@ const ARROWS: Readonly<Record<string, readonly string[]>> = {
   '@millrace/node': ['@millrace/runner', '@millrace/dispatch'],
   '@millrace/compute': ['@millrace/runner'],
   '@millrace/runtime': ['@millrace/runner', '@millrace/exec'],
-  millrace: ['@millrace/runner', '@millrace/exec', '@millrace/dispatch', '@millrace/node'],
+  millrace: [
+    '@millrace/runner',
+    '@millrace/exec',
+    '@millrace/dispatch',
+    '@millrace/node',
+    '@millrace/compute',
+    '@millrace/runtime',
+  ],
 };
 
 interface Manifest {
@@ -58,7 +65,7 @@ function* importsOf(file: string): Generator<string> {
 }
 
 function isTest(file: string): boolean {
-  return /\.test(?:\.support)?\.ts$|\/suite\.ts$|\/simulation\/|\/fixtures\//.test(file);
+  return /\.test(?:\.support)?\.ts$|[-/]suite\.ts$|\/simulation\/|\/fixtures\//.test(file);
 }
 
 function packageOf(specifier: string): string {
