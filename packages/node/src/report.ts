@@ -50,7 +50,7 @@ export function runnerFailedReport(
 ): Report {
   const prefix = 'runner failed: ';
   const reason = prefix + describeError(error, MAX_REASON_BYTES - prefix.length);
-  const details = endingReport(lease, artifacts);
+  const details = bounded(endingReport(lease, artifacts));
   return {
     kind: 'fail',
     body: { reason, details: isFinal(error) ? { ...details, retryable: false } : details },
@@ -85,6 +85,24 @@ export function withUsage(report: Report, usage: JsonObject): Report {
   return report.kind === 'complete'
     ? { ...report, body: { ...report.body, meta: { ...report.body.meta, usage } } }
     : { ...report, body: { ...report.body, details: { ...report.body.details, usage } } };
+}
+
+/** Newer services take 64 KiB of details, which the list of artifacts may outgrow; the rest is for what comes beside it. */
+const MAX_ARTIFACTS_BYTES = 60 * 1024;
+
+/** As many artifacts as fit, and how many do not. A completion needs all of them, a failure does not. */
+function bounded(details: EndingReport): EndingReport {
+  let bytes = 0;
+  const fits = details.artifacts.findIndex((artifact) => {
+    bytes += Buffer.byteLength(JSON.stringify(artifact)) + 1;
+    return bytes > MAX_ARTIFACTS_BYTES;
+  });
+  if (fits === -1) return details;
+  return {
+    ...details,
+    artifacts: details.artifacts.slice(0, fits),
+    artifacts_omitted: details.artifacts.length - fits,
+  };
 }
 
 function endingReport(lease: LeaseEnvelope, artifacts: readonly ArtifactReport[]): EndingReport {

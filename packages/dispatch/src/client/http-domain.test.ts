@@ -2,6 +2,7 @@ import { createHash, randomBytes } from 'node:crypto';
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import type { Readable } from 'node:stream';
+import type { MillraceError } from '@millrace/runner';
 import { SimulatedClock } from '@millrace/runner/testing';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { Harness } from '../harness.test.support.ts';
@@ -298,6 +299,14 @@ describe('domain storage client against servers that misbehave', () => {
     answer = (response) => void response.writeHead(status, { 'retry-after': '7' }).end('because');
     const error = await failure(downloaded(storage, 'd', ['i']));
     expect(error).toMatchObject({ code, retryable, message, details: { status, retry_after_ms: 7000 } });
+  });
+
+  test('a pause may be asked for by a date', async () => {
+    const at = new Date(Date.now() + 60_000).toUTCString();
+    answer = (response) => void response.writeHead(503, { 'retry-after': at }).end();
+    const { details } = (await failure(downloaded(storage, 'd', ['i']))) as MillraceError;
+    expect(details['retry_after_ms']).toBeGreaterThan(30_000);
+    expect(details['retry_after_ms']).toBeLessThanOrEqual(60_000);
   });
 
   test('a start of a chunked upload that the server does not know is unimplemented', async () => {

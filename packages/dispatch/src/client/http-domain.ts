@@ -24,6 +24,7 @@ import {
   transportError,
   type HttpRequest,
   type HttpResponse,
+  retryAfterMs,
 } from './http.ts';
 import type { ProxySettings } from './proxy.ts';
 
@@ -540,22 +541,21 @@ function isSuccess(status: number): boolean {
 
 /** The error of an answer, in the reference's words followed by what the server said. */
 async function failure(response: HttpResponse, what: string): Promise<MillraceError> {
-  const retryAfter = Number(response.header('retry-after') ?? NaN);
   const body = await response.text(64 * 1024).catch(() => '');
-  return statusErrorOf(response.status, what, body, Number.isFinite(retryAfter) ? retryAfter * 1000 : null);
+  return statusErrorOf(response.status, what, body, retryAfterMs(response.header('retry-after')));
 }
 
 function statusErrorOf(
   status: number,
   what: string,
   body: string,
-  retryAfterMs: number | null = null,
+  pauseMs: number | null = null,
 ): MillraceError {
   const code = codeOfStatus(status);
   const said = previewBody(body).trim();
   return new MillraceError(code, `${statusText(status)}${said === '' ? '' : `: ${said}`}`, {
     retryable: code === 'unavailable' || status === 429,
-    details: { status, call: what, ...(retryAfterMs === null ? {} : { retry_after_ms: retryAfterMs }) },
+    details: { status, call: what, ...(pauseMs === null ? {} : { retry_after_ms: pauseMs }) },
   });
 }
 

@@ -285,7 +285,8 @@ export function previewBody(body: string): string {
   return `${bytes.subarray(0, end).toString('utf8')}… (truncated)`;
 }
 
-function retryAfterMs(header: string | null): number | null {
+/** `Retry-After` in either of its forms; null when absent or neither. */
+export function retryAfterMs(header: string | null): number | null {
   if (header === null) return null;
   if (/^\d+$/.test(header.trim())) return Number(header.trim()) * 1000;
   const at = Date.parse(header);

@@ -137,6 +137,17 @@ describe('registration', () => {
     expect((await register(body)).status).toBe(400);
   });
 
+  test.each([
+    [65_536, 65_536],
+    [65_537, 65_536],
+    [Number.MAX_SAFE_INTEGER, 65_536],
+  ])('max_concurrency %d is taken and counts as %d', async (given, counted) => {
+    const { id, credentials } = await server.addNode();
+    const answer = await register({ registration_credentials: credentials, max_concurrency: given });
+    expect(answer.status).toBe(200);
+    expect((await server.store.getNode(id))?.max_concurrency).toBe(counted);
+  });
+
   test('64 labels are taken', async () => {
     const labels = Object.fromEntries(Array.from({ length: 64 }, (_, i) => [`l${i}`, 'x']));
     expect((await register({ labels })).status).toBe(200);

@@ -24,6 +24,7 @@ const NODE_TOKEN_SECS = 3600;
 const MAX_CAPABILITIES = 256;
 const MAX_LABELS = 64;
 const MAX_LABEL_BYTES = 256;
+/** A node may name more, and is counted as this. */
 const MAX_CONCURRENCY = 65_536;
 
 /** SemVer 2.0, a leading `v` allowed. */
@@ -70,7 +71,7 @@ const SCHEMAS = {
       },
       version: { type: 'string', minLength: 1, maxLength: 128 },
       max_concurrency: {
-        anyOf: [{ type: 'integer', minimum: 1, maximum: MAX_CONCURRENCY }, { type: 'null' }],
+        anyOf: [{ type: 'integer', minimum: 1 }, { type: 'null' }],
       },
       labels: {
         anyOf: [
@@ -154,7 +155,7 @@ export function registerDdsRoutes(app: FastifyInstance, context: ServerContext):
         capabilities: [...new Set(body.capabilities)],
         labels: body.labels ?? {},
         version: body.version,
-        maxConcurrency: body.max_concurrency ?? null,
+        maxConcurrency: Math.min(body.max_concurrency ?? 1, MAX_CONCURRENCY),
       });
       auth.registered(nodeId, message.address);
       log.info('node registered', {
