@@ -1,20 +1,23 @@
 /** Nodes, their identity, nonces and settings in PostgreSQL. */
-import { timingSafeEqual } from 'node:crypto';
 import { MillraceError } from '@millrace/runner';
 import type { JsonObject } from '@millrace/runner';
 import type { NodeRecord } from '../records.ts';
-import { NODE_ONLINE_MS } from '../store.ts';
 import type { NewNode, NodeRegistration, Nonce } from '../store.ts';
 import { sql } from './postgres-database.ts';
 import type { Database } from './postgres-database.ts';
+import {
+  MAX_NONCES,
+  SEEN_EVERY_MS,
+  judgeRegistration,
+  nodeRecord,
+  nonceKnown,
+  sameSecret,
+  tooManyNonces,
+  walletTaken,
+} from './node-rules.ts';
 import { isDuplicate } from './postgres-errors.ts';
 import { NODE_COLUMNS, nodeOf, storable } from './postgres-rows.ts';
-import type { NodeRow, StoredNode } from './postgres-rows.ts';
-import { MAX_NONCES } from './sqlite-nodes.ts';
-import { isoTime, isoTimeOrNull } from './time.ts';
-
-/** A node that keeps asking is noted as seen no more often than this. */
-const SEEN_EVERY_MS = 5000;
+import type { StoredNode } from './postgres-rows.ts';
 
 type HeldNode = StoredNode & { readonly held: number };
 
@@ -67,50 +70,32 @@ export class Nodes {
       ]),
     );
     if (!row) throw new MillraceError('internal', `node ${id} was not made`);
-    return recordOf(nodeOf(row), 0);
+    return nodeRecord(nodeOf(row), 0);
   }
 
   async hasSecret(nodeId: string, secretHash: string): Promise<boolean> {
     const [row] = await this.#database.rows<StoredNode>(BY_ID, [nodeId]);
-    return row !== undefined && sameText(row.secretHash, secretHash);
+    return row !== undefined && sameSecret(row.secretHash, secretHash);
   }
 
   /** @throws MillraceError `unauthenticated`, `already_exists`, `invalid_argument` */
   async register(registration: NodeRegistration): Promise<NodeRecord> {
     const { nodeId, capabilities, labels, version } = registration;
-    const wallet = registration.wallet.toLowerCase();
-    const maxConcurrency = registration.maxConcurrency ?? 1;
-    const taken = (): MillraceError =>
-      new MillraceError('already_exists', `wallet ${wallet} belongs to another node; use a key per node`);
+    const asked = registration.wallet.toLowerCase();
     return await this.#database.transaction('call', async (transaction) => {
       const [[row], [lease], [owner]] = await Promise.all([
         transaction.rows<StoredNode>(LOCK_NODE, [nodeId]),
         // After the lock: a lease for this node needs it too.
         transaction.rows<{ held: number }>(HELD_BY, [nodeId]),
-        transaction.rows<{ id: string }>(OWNER, [wallet]),
+        transaction.rows<{ id: string }>(OWNER, [asked]),
       ]);
-      // One answer for both, so that ids cannot be probed.
-      if (!row || !sameText(row.secretHash, registration.secretHash)) {
-        throw new MillraceError(
-          'unauthenticated',
-          `node id ${nodeId} and its registration secret do not match`,
-        );
-      }
-      if (owner && owner.id !== nodeId) throw taken();
       const held = lease?.held ?? 0;
-      const online = held > 0 || transaction.now - (row.lastSeenAt ?? -Infinity) < NODE_ONLINE_MS;
-      if (row.wallet !== null && row.wallet !== wallet && online) {
-        throw new MillraceError(
-          'already_exists',
-          `node ${nodeId} is online with another wallet; stop that node first, or make credentials for this one`,
-        );
-      }
-      if (!Number.isSafeInteger(maxConcurrency) || maxConcurrency < 1) {
-        throw new MillraceError(
-          'invalid_argument',
-          `max_concurrency must be an integer of at least 1, got ${maxConcurrency}`,
-        );
-      }
+      const { node, wallet, maxConcurrency } = judgeRegistration(registration, {
+        node: row,
+        ownerId: owner?.id,
+        activeLeases: held,
+        now: transaction.now,
+      });
       try {
         const [registered] = await transaction.change<StoredNode>(REGISTER, [
           nodeId,
@@ -121,27 +106,27 @@ export class Nodes {
           maxConcurrency,
           transaction.now,
         ]);
-        return recordOf(nodeOf(registered ?? row), held);
+        return nodeRecord(nodeOf(registered ?? node), held);
       } catch (error) {
         // Registered by another dispatcher since it was looked up.
-        throw isDuplicate(error, 'nodes_wallet') ? taken() : error;
+        throw isDuplicate(error, 'nodes_wallet') ? walletTaken(wallet) : error;
       }
     });
   }
 
   async get(id: string): Promise<NodeRecord | null> {
     const [row] = await this.#database.rows<HeldNode>(BY_ID, [id]);
-    return row ? recordOf(nodeOf(row), row.held) : null;
+    return row ? nodeRecord(nodeOf(row), row.held) : null;
   }
 
   async byWallet(wallet: string): Promise<NodeRecord | null> {
     const [row] = await this.#database.rows<HeldNode>(BY_WALLET, [wallet.toLowerCase()]);
-    return row ? recordOf(nodeOf(row), row.held) : null;
+    return row ? nodeRecord(nodeOf(row), row.held) : null;
   }
 
   async list(): Promise<NodeRecord[]> {
     const rows = await this.#database.rows<HeldNode>(ALL, []);
-    return rows.map((row) => recordOf(nodeOf(row), row.held));
+    return rows.map((row) => nodeRecord(nodeOf(row), row.held));
   }
 
   async touch(id: string): Promise<void> {
@@ -161,15 +146,11 @@ export class Nodes {
       );
       if (made > 0) return;
       if ((await this.#database.rows(HAS_NONCE, [nonce.nonce])).length > 0) {
-        throw new MillraceError('already_exists', `nonce ${nonce.nonce} was given out before`);
+        throw nonceKnown(nonce.nonce);
       }
       if (!last) await this.expireNonces();
     }
-    throw new MillraceError(
-      'resource_exhausted',
-      `at most ${MAX_NONCES} logins may be under way at once; try again in a minute`,
-      { retryable: true, details: { limit: 'nonces', value: MAX_NONCES } },
-    );
+    throw tooManyNonces();
   }
 
   async takeNonce(nonce: string): Promise<Nonce | null> {
@@ -198,28 +179,4 @@ export class Nodes {
     if (!kept) throw new MillraceError('internal', `setting ${name} was not kept`);
     return kept;
   }
-}
-
-function recordOf(node: NodeRow, activeLeases: number): NodeRecord {
-  return {
-    id: node.id,
-    name: node.name,
-    mode: node.mode,
-    organization_id: node.organizationId,
-    wallet: node.wallet,
-    capabilities: node.capabilities,
-    labels: node.labels,
-    version: node.version,
-    max_concurrency: node.maxConcurrency,
-    created_at: isoTime(node.createdAt),
-    registered_at: isoTimeOrNull(node.registeredAt),
-    last_seen_at: isoTimeOrNull(node.lastSeenAt),
-    active_leases: activeLeases,
-  };
-}
-
-/** Compares without telling by its time how much is equal. */
-function sameText(a: string, b: string): boolean {
-  const [left, right] = [Buffer.from(a), Buffer.from(b)];
-  return left.length === right.length && timingSafeEqual(left, right);
 }

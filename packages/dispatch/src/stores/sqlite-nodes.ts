@@ -4,21 +4,20 @@
  * Nodes are few and asked for by every lease, so all of them are kept in memory; {@link Nodes.load} reads them again after a
  * rollback.
  */
-import { timingSafeEqual } from 'node:crypto';
-import { MillraceError } from '@millrace/runner';
 import type { Clock, JsonObject } from '@millrace/runner';
 import type { NodeMode, NodeRecord } from '../records.ts';
-import { NODE_ONLINE_MS } from '../store.ts';
 import type { NewNode, NodeRegistration, Nonce } from '../store.ts';
 import type { Database, Row, Statement } from './sqlite-database.ts';
 import type { Offer } from './matching.ts';
-import { isoTime, isoTimeOrNull } from './time.ts';
-
-/** Live nonces at once. Each is a login under way, so this bounds what strangers can make the database keep. */
-export const MAX_NONCES = 100_000;
-
-/** A node that keeps asking is noted as seen no more often than this. */
-const SEEN_EVERY_MS = 5000;
+import {
+  MAX_NONCES,
+  SEEN_EVERY_MS,
+  judgeRegistration,
+  nodeRecord,
+  nonceKnown,
+  sameSecret,
+  tooManyNonces,
+} from './node-rules.ts';
 
 /** A node as leasing needs it. Replaced as a whole when it registers again, so identity tells a change. */
 export interface Node extends Offer {
@@ -134,42 +133,19 @@ export class Nodes {
 
   hasSecret(nodeId: string, secretHash: string): boolean {
     const node = this.#nodes.get(nodeId);
-    return node !== undefined && sameText(node.secretHash, secretHash);
+    return node !== undefined && sameSecret(node.secretHash, secretHash);
   }
 
   /** @throws MillraceError `unauthenticated`, `already_exists`, `invalid_argument` */
   register(registration: NodeRegistration): NodeRecord {
     const { nodeId, capabilities, labels, version } = registration;
-    const node = this.#nodes.get(nodeId);
-    // One answer for both, so that ids cannot be probed.
-    if (!node || !this.hasSecret(nodeId, registration.secretHash)) {
-      throw new MillraceError(
-        'unauthenticated',
-        `node id ${nodeId} and its registration secret do not match`,
-      );
-    }
-    const wallet = registration.wallet.toLowerCase();
-    const owner = this.#wallets.get(wallet);
-    if (owner !== undefined && owner !== nodeId) {
-      throw new MillraceError(
-        'already_exists',
-        `wallet ${wallet} belongs to another node; use a key per node`,
-      );
-    }
-    if (node.wallet !== null && node.wallet !== wallet && this.#online(node)) {
-      throw new MillraceError(
-        'already_exists',
-        `node ${nodeId} is online with another wallet; stop that node first, or make credentials for this one`,
-      );
-    }
-    const maxConcurrency = registration.maxConcurrency ?? 1;
-    if (!Number.isSafeInteger(maxConcurrency) || maxConcurrency < 1) {
-      throw new MillraceError(
-        'invalid_argument',
-        `max_concurrency must be an integer of at least 1, got ${maxConcurrency}`,
-      );
-    }
     const now = this.#clock.now();
+    const { node, wallet, maxConcurrency } = judgeRegistration(registration, {
+      node: this.#nodes.get(nodeId),
+      ownerId: this.#wallets.get(registration.wallet.toLowerCase()),
+      activeLeases: this.#activeLeases(nodeId),
+      now,
+    });
     this.#register.run(
       wallet,
       JSON.stringify(capabilities),
@@ -210,16 +186,8 @@ export class Nodes {
   /** @throws MillraceError `resource_exhausted`, `already_exists` */
   putNonce(nonce: Nonce): void {
     if (this.#nonces >= MAX_NONCES) this.expireNonces();
-    if (this.#nonces >= MAX_NONCES) {
-      throw new MillraceError(
-        'resource_exhausted',
-        `at most ${MAX_NONCES} logins may be under way at once; try again in a minute`,
-        { retryable: true, details: { limit: 'nonces', value: MAX_NONCES } },
-      );
-    }
-    if (this.#selectNonce.get(nonce.nonce)) {
-      throw new MillraceError('already_exists', `nonce ${nonce.nonce} was given out before`);
-    }
+    if (this.#nonces >= MAX_NONCES) throw tooManyNonces();
+    if (this.#selectNonce.get(nonce.nonce)) throw nonceKnown(nonce.nonce);
     this.#insertNonce.run(nonce.nonce, JSON.stringify(nonce), nonce.expiresAtMs);
     this.#nonces += 1;
   }
@@ -245,32 +213,13 @@ export class Nodes {
     return value;
   }
 
-  #online(node: Node): boolean {
-    const seen = node.lastSeenAt ?? -Infinity;
-    return this.#activeLeases(node.id) > 0 || this.#clock.now() - seen < NODE_ONLINE_MS;
-  }
-
   #keep(node: Node): void {
     this.#nodes.set(node.id, node);
     if (node.wallet !== null) this.#wallets.set(node.wallet, node.id);
   }
 
   #record(node: Node): NodeRecord {
-    return {
-      id: node.id,
-      name: node.name,
-      mode: node.mode,
-      organization_id: node.organizationId,
-      wallet: node.wallet,
-      capabilities: node.capabilities,
-      labels: node.labels,
-      version: node.version,
-      max_concurrency: node.maxConcurrency,
-      created_at: isoTime(node.createdAt),
-      registered_at: isoTimeOrNull(node.registeredAt),
-      last_seen_at: isoTimeOrNull(node.lastSeenAt),
-      active_leases: this.#activeLeases(node.id),
-    };
+    return nodeRecord(node, this.#activeLeases(node.id));
   }
 }
 
@@ -305,10 +254,4 @@ function nodeOf(row: Row): Node {
     registeredAt: registered as number | null,
     lastSeenAt: seen as number | null,
   };
-}
-
-/** Compares without telling by its time how much is equal. */
-function sameText(a: string, b: string): boolean {
-  const [left, right] = [Buffer.from(a), Buffer.from(b)];
-  return left.length === right.length && timingSafeEqual(left, right);
 }

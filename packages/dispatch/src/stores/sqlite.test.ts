@@ -9,7 +9,7 @@ import { DatabaseSync } from '@photostructure/sqlite';
 import { SimulatedClock, seededRandom } from '@millrace/runner/testing';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import type { Store } from '../store.ts';
-import { MAX_NONCES } from './sqlite-nodes.ts';
+import { MAX_NONCES } from './node-rules.ts';
 import { openSqliteStore } from './sqlite.ts';
 import { DOMAIN, Scene, jobOf, refOf, storeSuite, valueOf } from './suite.ts';
 
