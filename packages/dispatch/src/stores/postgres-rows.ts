@@ -6,13 +6,13 @@ import type {
   AttemptOutcome,
   JobRecord,
   JobStatus,
-  NodeMode,
   ReceiptRecord,
   TaskRecord,
   TaskStatus,
   TaskSubmission,
 } from '../records.ts';
 import type { Demand } from './matching.ts';
+import type { KeptNode } from './node-rules.ts';
 import { isoTime, isoTimeOrNull } from './time.ts';
 
 export interface Queue extends Demand {
@@ -294,20 +294,8 @@ export function receiptRecord(attempt: Attempt, jobId: string, taskId: string): 
 }
 
 /** A node as leasing needs it. */
-export interface NodeRow {
-  readonly id: string;
-  readonly name: string;
-  readonly mode: NodeMode;
-  readonly organizationId: string;
+export interface NodeRow extends KeptNode {
   readonly secretHash: string;
-  readonly wallet: string | null;
-  readonly capabilities: readonly string[];
-  readonly labels: Readonly<Record<string, string>>;
-  readonly version: string | null;
-  readonly maxConcurrency: number;
-  readonly createdAt: number;
-  readonly registeredAt: number | null;
-  readonly lastSeenAt: number | null;
 }
 
 export const NODE_COLUMNS = `n.id, n.name, n.mode, n.organization_id AS "organizationId", n.secret_hash AS "secretHash",
