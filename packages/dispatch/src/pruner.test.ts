@@ -43,7 +43,7 @@ test('goes through all batches with pauses, counts what went, and comes back lat
     retention: { keepJobsMs: 1000, artifacts: true },
     onPruned: (answer) => void counted.push(answer),
   });
-  pruner.start();
+  await pruner.start();
   await clock.advance(FIRST_PRUNING_MS - 1);
   expect(calls).toEqual([]);
   await clock.advance(1000);
@@ -69,7 +69,7 @@ test('a failure is told, and it goes on with the next round', async () => {
   ]);
   const lines: string[] = [];
   await using pruner = new Pruner({ store, clock, log: recording(lines), retention: { keepJobsMs: 1 } });
-  pruner.start();
+  await pruner.start();
   await clock.advance(FIRST_PRUNING_MS + PRUNING_INTERVAL_MS);
   expect(lines).toEqual(['removing old jobs failed; it is tried again']);
   expect(calls.map(({ artifacts }) => artifacts)).toEqual([false, false]);
@@ -80,7 +80,7 @@ test('closing in the pause between two batches ends it', async () => {
   const { store, calls } = pruning(clock, [() => ({ jobs: 1, items: 0, nextCursor: '7' })]);
   const lines: string[] = [];
   const pruner = new Pruner({ store, clock, log: recording(lines), retention: { keepJobsMs: 1 } });
-  pruner.start();
+  await pruner.start();
   await clock.advance(FIRST_PRUNING_MS);
   await pruner.close();
   await clock.advance(10 * PRUNING_INTERVAL_MS);

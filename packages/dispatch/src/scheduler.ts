@@ -7,10 +7,11 @@
  * comes next submits the same job again, which is the same job. Who was only slow finds that the schedule has moved on.
  */
 import { MillraceError } from '@millrace/runner';
-import type { Clock, Logger, Timer } from '@millrace/runner';
+import type { Clock, Logger } from '@millrace/runner';
 import { parseCron } from './cron.ts';
 import { isFinal } from './lifecycle.ts';
 import type { JobSpec, ScheduleOutcome, ScheduleRecord } from './records.ts';
+import { Rounds } from './rounds.ts';
 import type { DueSchedule, Store } from './store.ts';
 
 /** Schedules that others made are found as soon as this. */
@@ -30,114 +31,87 @@ export interface SchedulerOptions {
   readonly onTick?: (outcome: ScheduleOutcome) => void;
 }
 
-export class Scheduler implements AsyncDisposable {
-  readonly #options: SchedulerOptions;
-  #timer: Timer | null = null;
-  #running: Promise<void> = Promise.resolve();
-  #closed = false;
-
+/** Submits what is due with the start, and goes on. Closing waits for the tick under way. */
+export class Scheduler extends Rounds {
   constructor(options: SchedulerOptions) {
-    this.#options = options;
-  }
-
-  /** Submits what is due now, and goes on. */
-  async start(): Promise<void> {
-    this.#running = this.#look();
-    await this.#running;
-  }
-
-  /** Waits for the ticks under way. */
-  async close(): Promise<void> {
-    this.#closed = true;
-    this.#timer?.cancel();
-    await this.#running;
-  }
-
-  async [Symbol.asyncDispose](): Promise<void> {
-    await this.close();
-  }
-
-  async #look(): Promise<void> {
-    const { store, clock, log } = this.#options;
-    let delayMs = SCHEDULE_POLL_MS;
-    try {
-      const { due, nextAtMs } = await store.claimSchedules(CLAIM_MS);
-      for (const each of due) {
-        if (this.#closed) break;
-        await this.#tick(each);
-      }
-      // More may be due than were claimed; what was moved on may be due again soon.
-      if (due.length > 0) delayMs = 1;
-      else if (nextAtMs !== null) delayMs = Math.max(1, Math.min(delayMs, nextAtMs - clock.now()));
-    } catch (error) {
-      log.error('looking for due schedules failed; it is tried again', { error: String(error) });
-    }
-    if (this.#closed) return;
-    this.#timer = clock.setTimer(
-      () => {
-        this.#running = this.#look();
+    const { store, clock, log } = options;
+    super({
+      clock,
+      log,
+      firstMs: 0,
+      pauseMs: SCHEDULE_POLL_MS,
+      trouble: 'looking for due schedules failed',
+      async round(signal) {
+        const { due, nextAtMs } = await store.claimSchedules(CLAIM_MS);
+        for (const each of due) {
+          if (signal.aborted) break;
+          await settleTick(options, each);
+        }
+        // More may be due than were claimed; what was moved on may be due again soon.
+        if (due.length > 0) return 1;
+        return Math.max(1, Math.min(SCHEDULE_POLL_MS, (nextAtMs ?? Infinity) - clock.now()));
       },
-      delayMs,
-      { unref: true },
-    );
-  }
-
-  async #tick(due: DueSchedule): Promise<void> {
-    const { store, log, onTick } = this.#options;
-    const { schedule, revision, tickMs, nowMs } = due;
-    const fields = { schedule: schedule.name, domain_id: schedule.domain_id };
-    try {
-      const plan = planTick(schedule, tickMs, nowMs);
-      const { outcome, jobId } =
-        plan.run === null ? ({ outcome: 'missed', jobId: null } as const) : await this.#run(due, plan.run);
-      const ended = await store.endTick({
-        revision,
-        tickMs,
-        lastTickMs: plan.last,
-        nextAtMs: plan.next,
-        outcome,
-        jobId,
-      });
-      // Another dispatcher was faster, or it was replaced meanwhile.
-      if (!ended) return;
-      onTick?.(outcome);
-      const tick = new Date(plan.last).toISOString();
-      log.info('schedule ticked', { ...fields, tick, outcome, ...(jobId !== null && { job_id: jobId }) });
-    } catch (error) {
-      log.error('a tick of a schedule failed; it is tried again', { ...fields, error: String(error) });
-    }
-  }
-
-  /** @throws what may pass: then the claim ends and the tick is tried again */
-  async #run(
-    { schedule, revision, organizationId }: DueSchedule,
-    tickMs: number,
-  ): Promise<{ readonly outcome: ScheduleOutcome; readonly jobId: string | null }> {
-    const { store, log } = this.#options;
-    if (schedule.overlap === 'skip' && schedule.last_job_id !== null) {
-      const last = await store.getJob(schedule.last_job_id);
-      if (last !== null && !isFinal(last.job.status)) return { outcome: 'skipped', jobId: null };
-    }
-    const tick = new Date(tickMs).toISOString();
-    const [outcome] = await store.submit([
-      {
-        spec: jobAt(schedule, tick),
-        organizationId,
-        idempotencyKey: tick,
-        submitter: `schedule ${revision}`,
-      },
-    ]);
-    if (outcome === undefined)
-      throw new MillraceError('internal', 'the store answered a submission with nothing');
-    if (outcome.ok) return { outcome: 'submitted', jobId: outcome.value.jobId };
-    if (outcome.error.retryable) throw outcome.error;
-    log.error('the job of a schedule is refused', {
-      schedule: schedule.name,
-      domain_id: schedule.domain_id,
-      error: outcome.error.message,
     });
-    return { outcome: 'failed', jobId: null };
   }
+}
+
+async function settleTick(options: SchedulerOptions, due: DueSchedule): Promise<void> {
+  const { store, log, onTick } = options;
+  const { schedule, revision, tickMs, nowMs } = due;
+  const fields = { schedule: schedule.name, domain_id: schedule.domain_id };
+  try {
+    const plan = planTick(schedule, tickMs, nowMs);
+    const { outcome, jobId } =
+      plan.run === null
+        ? ({ outcome: 'missed', jobId: null } as const)
+        : await submitTick(options, due, plan.run);
+    const ended = await store.endTick({
+      revision,
+      tickMs,
+      lastTickMs: plan.last,
+      nextAtMs: plan.next,
+      outcome,
+      jobId,
+    });
+    // Another dispatcher was faster, or it was replaced meanwhile.
+    if (!ended) return;
+    onTick?.(outcome);
+    const tick = new Date(plan.last).toISOString();
+    log.info('schedule ticked', { ...fields, tick, outcome, ...(jobId !== null && { job_id: jobId }) });
+  } catch (error) {
+    log.error('a tick of a schedule failed; it is tried again', { ...fields, error: String(error) });
+  }
+}
+
+/** @throws what may pass: then the claim ends and the tick is tried again */
+async function submitTick(
+  { store, log }: SchedulerOptions,
+  { schedule, revision, organizationId }: DueSchedule,
+  tickMs: number,
+): Promise<{ readonly outcome: ScheduleOutcome; readonly jobId: string | null }> {
+  if (schedule.overlap === 'skip' && schedule.last_job_id !== null) {
+    const last = await store.getJob(schedule.last_job_id);
+    if (last !== null && !isFinal(last.job.status)) return { outcome: 'skipped', jobId: null };
+  }
+  const tick = new Date(tickMs).toISOString();
+  const [outcome] = await store.submit([
+    {
+      spec: jobAt(schedule, tick),
+      organizationId,
+      idempotencyKey: tick,
+      submitter: `schedule ${revision}`,
+    },
+  ]);
+  if (outcome === undefined)
+    throw new MillraceError('internal', 'the store answered a submission with nothing');
+  if (outcome.ok) return { outcome: 'submitted', jobId: outcome.value.jobId };
+  if (outcome.error.retryable) throw outcome.error;
+  log.error('the job of a schedule is refused', {
+    schedule: schedule.name,
+    domain_id: schedule.domain_id,
+    error: outcome.error.message,
+  });
+  return { outcome: 'failed', jobId: null };
 }
 
 /** The job of one tick: as it was given, and told of the tick in its `meta`. */

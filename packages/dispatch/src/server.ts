@@ -133,8 +133,8 @@ export async function openDispatcher(options: DispatcherOptions): Promise<Dispat
     await disposeParts();
     throw listenError(error, host, port);
   }
-  collector.start();
-  pruner?.start();
+  await collector.start();
+  await pruner?.start();
   url = originOf(app.server.address() as AddressInfo);
   await scheduler.start();
   log.info('dispatcher listens', { url, public_url: context.publicUrl() });

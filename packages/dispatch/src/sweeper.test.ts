@@ -116,7 +116,7 @@ test('bytes that nothing names are removed in the second hour, and not before', 
       })(),
       { maxBytes: 100 },
     );
-    collector.start();
+    await collector.start();
     await clock.advance(60_000);
     // The next round is armed when this one, which does real I/O, is over.
     await until(() => clock.pending === 1);
