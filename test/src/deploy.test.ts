@@ -598,9 +598,11 @@ describe('the Kubernetes manifests', () => {
         expect(container.env!.find((each) => each.name === 'MILLRACE_METRICS')!.value).toBe(
           `0.0.0.0:${expected}`,
         );
-      for (const probe of [container.startupProbe, container.readinessProbe, container.livenessProbe]) {
+      for (const probe of [container.startupProbe, container.livenessProbe]) {
         expect(probe!.httpGet).toEqual({ path: '/health', port: port.name });
       }
+      const readyPath = kind === 'Deployment' ? '/ready' : '/health';
+      expect(container.readinessProbe!.httpGet).toEqual({ path: readyPath, port: port.name });
       const annotations = found.spec!.template.metadata!.annotations!;
       expect(annotations['prometheus.io/port']).toBe(String(expected));
       const service = await find<IService>('Service', name);

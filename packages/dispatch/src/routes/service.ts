@@ -1,5 +1,6 @@
 /** What says what this server is: health, metrics, keys, and a page for the person who opens it in a browser. */
 import type { FastifyInstance } from 'fastify';
+import { ReadinessProbe } from '../readiness.ts';
 import { VERSION } from '../version.ts';
 import type { ServerContext } from './context.ts';
 
@@ -9,6 +10,13 @@ export function registerServiceRoutes(app: FastifyInstance, context: ServerConte
     version: VERSION,
     domain_id: context.defaultDomainId,
   }));
+
+  const probe = new ReadinessProbe(context);
+  app.get('/ready', async (_request, reply) => {
+    const parts = await probe.check();
+    const ready = parts.store === 'ok' && parts.blobs === 'ok';
+    return reply.code(ready ? 200 : 503).send({ status: ready ? 'ok' : 'unavailable', ...parts });
+  });
 
   app.get('/metrics', async (_request, reply) => {
     const { contentType, text } = await context.metrics.render();
@@ -44,6 +52,7 @@ export function registerServiceRoutes(app: FastifyInstance, context: ServerConte
           '',
           'Operators',
           `  ${url}/health             up?`,
+          `  ${url}/ready              do its store and its blobs answer?`,
           `  ${url}/metrics            for Prometheus`,
           `  ${url}/service/public-key checks the tokens made here (ES256)`,
           '',
