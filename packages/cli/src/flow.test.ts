@@ -151,7 +151,30 @@ describe('retention', () => {
     expect((await ask(['job', 'show', waiting], place)).code).toBe(0);
   });
 
+  test('a lease lives as long as the operator says', async () => {
+    await using serve = new Program(['dispatch', 'serve', '--port', '0', '--lease-ttl', '1'], place);
+    await serve.firstDocument();
+    await answer(['nodes', 'add', '--name', 'mortal', '--out', 'mortal.env'], place);
+    await write(
+      'mortal.mjs',
+      "export default { capability: '/test/mortal/v1', run: () => new Promise(() => {}) };",
+    );
+    const start = ['node', 'start', '--env-file', 'mortal.env', '--runner', './mortal.mjs'];
+    await using node = new Program(start, place);
+    await write('mortal.json', '{"tasks":[{"capability":"/test/mortal/v1"}]}');
+    const id = (await answer(['submit', 'mortal.json'], place)).trim();
+    type Shown = { tasks: { status: string }[]; receipts: { outcome: string }[] };
+    const shown = async (): Promise<Shown> =>
+      JSON.parse(await answer(['job', 'show', id, '--json'], place)) as Shown;
+    await eventually(async () => (await shown()).tasks[0]?.status === 'running');
+    node.signal('SIGKILL');
+    await eventually(async () => (await shown()).receipts[0]?.outcome === 'expired');
+  });
+
   test.each([
+    [['--lease-ttl', '0'], {}, '--lease-ttl must be'],
+    [['--lease-ttl', '86401'], {}, '--lease-ttl must be'],
+    [[], { MILLRACE_LEASE_TTL: 'long' }, 'MILLRACE_LEASE_TTL must be'],
     [['--keep-jobs', '0'], {}, '--keep-jobs must be a number of days above 0 and up to 36500, got "0"'],
     [['--keep-jobs', '30d'], {}, '--keep-jobs must be a number of days'],
     [['--keep-jobs', '36501'], {}, '--keep-jobs must be a number of days'],

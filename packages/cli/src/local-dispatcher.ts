@@ -32,6 +32,8 @@ export interface LocalDispatcherOptions {
   readonly blobs?: { readonly dir: string } | { readonly s3: string };
   /** Default: the dispatcher's. */
   readonly limits?: Partial<DispatcherLimits>;
+  /** How long a lease lives without a heartbeat. Default: the store's. */
+  readonly leaseTtlMs?: number;
   /** Default: every job is kept. */
   readonly retention?: Retention;
   readonly log: Logger;
@@ -65,7 +67,10 @@ export async function openLocalDispatcher(options: LocalDispatcherOptions): Prom
     if (errors.length > 0) throw new AggregateError(errors, 'closing the dispatcher failed');
   };
   try {
-    const store = await openStore(options.store ?? { sqlite: path.join(dataDir, 'millrace.db') }, log);
+    const store = await openStore(options.store ?? { sqlite: path.join(dataDir, 'millrace.db') }, {
+      log,
+      ...(options.leaseTtlMs !== undefined && { leaseTtlMs: options.leaseTtlMs }),
+    });
     cleanup.push(async () => store[Symbol.asyncDispose]());
     const blobs = await openBlobs(options.blobs ?? { dir: path.join(dataDir, 'blobs') }, log);
     cleanup.push(async () => blobs[Symbol.asyncDispose]());
@@ -105,14 +110,17 @@ export async function openLocalDispatcher(options: LocalDispatcherOptions): Prom
   }
 }
 
-async function openStore(place: NonNullable<LocalDispatcherOptions['store']>, log: Logger): Promise<Store> {
+async function openStore(
+  place: NonNullable<LocalDispatcherOptions['store']>,
+  { log, ...lease }: Pick<LocalDispatcherOptions, 'log' | 'leaseTtlMs'>,
+): Promise<Store> {
   if ('postgres' in place) {
     // Its driver is loaded by nobody else.
     const { openPostgresStore } = await import('@millrace/dispatch/postgres');
-    return await openPostgresStore({ url: place.postgres, log });
+    return await openPostgresStore({ url: place.postgres, log, ...lease });
   }
   await ensureDataDir(path.dirname(place.sqlite));
-  return await placed(openSqliteStore({ path: place.sqlite }));
+  return await placed(openSqliteStore({ path: place.sqlite, ...lease }));
 }
 
 async function openBlobs(

@@ -15,6 +15,7 @@ interface ServeOptions {
   readonly blobs?: string;
   readonly publicUrl?: string;
   readonly taskLog: string;
+  readonly leaseTtl?: string;
   readonly keepJobs?: string;
   readonly pruneArtifacts?: boolean;
 }
@@ -37,6 +38,10 @@ export function registerDispatch(program: Command, session: Session): void {
     )
     .option('--public-url <url>', 'how others reach it, when that is not host and port')
     .option('--task-log <MiB>', 'kept of what one attempt of a task says; 0 keeps nothing', '16')
+    .option(
+      '--lease-ttl <seconds>',
+      'how long a lease lives without a heartbeat, 1 to 86400 (default: MILLRACE_LEASE_TTL, else 15)',
+    )
     .option(
       '--keep-jobs <days>',
       'remove jobs that ended longer ago, such as 30 or 0.5 (default: MILLRACE_KEEP_JOBS, else keep all)',
@@ -73,6 +78,7 @@ async function serve(context: CommandContext, options: ServeOptions): Promise<Ex
   const { io, out } = context;
   const port = parseInteger(options.port, '--port', 0, 65_535);
   const taskLogBytes = parseInteger(options.taskLog, '--task-log', 0, 4096) * 1024 * 1024;
+  const leaseTtlMs = leaseTtlOf(options, io.env);
   const retention = retentionOf(options, io.env);
   const dataDir = resolveDataDir(context);
   const store = await storePlace(options.store, io);
@@ -102,6 +108,7 @@ async function serve(context: CommandContext, options: ServeOptions): Promise<Ex
     port,
     log,
     limits: { taskLogBytes },
+    ...(leaseTtlMs !== null && { leaseTtlMs }),
     ...(retention !== null && { retention }),
     ...(tracer !== null && { tracer }),
     ...(options.publicUrl !== undefined && { publicUrl: options.publicUrl.replace(/\/+$/, '') }),
@@ -111,6 +118,13 @@ async function serve(context: CommandContext, options: ServeOptions): Promise<Ex
   out.document({ url: opened.dispatcher.url, public_url: opened.url, data: dataDir, pid: io.pid });
   await stopped;
   return EXIT.done;
+}
+
+/** What `--lease-ttl` or its variable says, in milliseconds; null: neither. */
+function leaseTtlOf({ leaseTtl }: ServeOptions, env: CommandContext['io']['env']): number | null {
+  const name = leaseTtl === undefined ? 'MILLRACE_LEASE_TTL' : '--lease-ttl';
+  const text = leaseTtl ?? (env['MILLRACE_LEASE_TTL'] || undefined);
+  return text === undefined ? null : parseInteger(text, name, 1, 86_400) * 1000;
 }
 
 const DAY_MS = 86_400_000;
