@@ -433,6 +433,55 @@ describe('times to wait for', () => {
   });
 });
 
+describe('sharing', () => {
+  test('a concurrency limit and amounts of resources are kept, and left out when there are none', () => {
+    const given = { concurrency: { key: 'küche 7', limit: 2, other: 1 }, resources: { gpu: 1, cpu: 0.5 } };
+    const [first, second] = parse(job({}, task(given), task({ concurrency: null, resources: {} }))).tasks;
+    expect(first).toMatchObject({
+      concurrency: { key: 'küche 7', limit: 2 },
+      resources: { cpu: 0.5, gpu: 1 },
+    });
+    expect(Object.keys(first?.concurrency ?? {})).toEqual(['key', 'limit']);
+    expect(second).not.toHaveProperty('concurrency');
+    expect(second).not.toHaveProperty('resources');
+  });
+
+  test("a job's limit is that of its tasks that have none", () => {
+    const own = { key: 'own', limit: 1 };
+    const spec = parse(job({ concurrency: { key: 'all', limit: 9 } }, task(), task({ concurrency: own })));
+    expect(spec.tasks.map(({ concurrency }) => concurrency)).toEqual([{ key: 'all', limit: 9 }, own]);
+    expect(spec).not.toHaveProperty('concurrency');
+  });
+
+  test('what is wrong with them is told with its place', () => {
+    const { keyLength, maxConcurrency } = JOB_LIMITS;
+    const limited = (concurrency: unknown): readonly string[] => problems(job({ concurrency }));
+    expect(limited({ key: '😀'.repeat(keyLength), limit: maxConcurrency })).toEqual([]);
+    expect(limited({ key: 'k'.repeat(keyLength + 1), limit: 1 })[0]).toMatch(
+      /^job\.concurrency\.key must be a string of 1 to 256 characters/,
+    );
+    expect(limited({ key: '', limit: 0 })).toEqual([
+      'job.concurrency.key must be a string of 1 to 256 characters, none of them a control character, got ""',
+      'job.concurrency.limit must be an integer from 1 to 1000000, got 0',
+    ]);
+    expect(limited({ key: 'a\n', limit: maxConcurrency + 1 })).toHaveLength(2);
+    expect(limited({ limit: 1.5 })).toHaveLength(2);
+    expect(limited('k')).toEqual([
+      'job.concurrency must be an object such as {"key": "customer-7", "limit": 2}, got "k"',
+    ]);
+    expect(problems(job({}, task({ resources: { cpu: 0 } }), task({ resources: { GPU: 1 } })))).toEqual([
+      'job.tasks[0].resources.cpu must be a multiple of 0.001, above 0 and at most 2^53, got 0',
+      'job.tasks[1].resources.GPU is no name of a resource: those are 1 to 63 characters of a-z, 0-9, ".", "_", "/" and "-", and begin with a letter, got 1',
+    ]);
+    expect(problems(job({}, task({ resources: 4 })))[0]).toContain(
+      'job.tasks[0].resources must be an object of 1 to 16 names and amounts',
+    );
+    expect(parse(job({}, task({ resources: { memory: '1KiB' } }))).tasks[0]?.resources).toEqual({
+      memory: 1024,
+    });
+  });
+});
+
 describe('stage references', () => {
   const isStage = (name: string): boolean => ['a', 'a/b', 'c'].includes(name);
 

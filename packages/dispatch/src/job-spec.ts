@@ -8,7 +8,9 @@ import { MillraceError, checkCapability } from '@millrace/runner';
 import { selectorFromFilters } from '@millrace/runner/model';
 import type { Json, JsonObject } from '@millrace/runner';
 import { z } from 'zod';
-import type { CapabilityFilters, JobSpec, TaskSubmission } from './records.ts';
+import type { CapabilityFilters, ConcurrencyLimit, JobSpec, TaskSubmission } from './records.ts';
+import { parseResources } from './resources.ts';
+import type { Resources } from './resources.ts';
 
 /** Bounds of one job. Lengths are bytes of UTF-8. */
 export const JOB_LIMITS = {
@@ -30,6 +32,9 @@ export const JOB_LIMITS = {
   prefixBytes: 1024,
   edges: 100_000,
   maxAttempts: 100,
+  /** Characters of the key of a concurrency limit, and the largest limit. */
+  keyLength: 256,
+  maxConcurrency: 1_000_000,
   /** The spec as JSON, defaults included. */
   totalBytes: 64 * 1024 * 1024,
   /** Nesting of `meta`. */
@@ -85,6 +90,8 @@ export function parseJobSpec(value: unknown, options: JobSpecOptions): JobSpec {
         max_attempts: task.max_attempts ?? 3,
         deadline_at: task.deadline_at ?? null,
         ...(task.not_before && { not_before: task.not_before }),
+        ...concurrencyOf(task.concurrency ?? body.concurrency),
+        ...(task.resources && { resources: task.resources }),
       };
     }),
     edges: distinctEdges(body.edges ?? []),
@@ -102,6 +109,15 @@ export function parseJobSpec(value: unknown, options: JobSpecOptions): JobSpec {
     ]);
   }
   return spec;
+}
+
+/** Inherited like the priority: the key is of the domain, so tasks share it whether the job names it or each of them. */
+function concurrencyOf(
+  concurrency: ConcurrencyLimit | null | undefined,
+): Pick<TaskSubmission, 'concurrency'> {
+  if (concurrency == null) return {};
+  const { key, limit } = concurrency;
+  return { concurrency: { key, limit } };
 }
 
 /** A task that may not begin before it must have ended. */
@@ -155,6 +171,8 @@ function mostBytes({ label, meta, tasks, edges }: JobSpec): number {
       units += '"":"",'.length;
     }
     if (task.meta !== null) units += JSON.stringify(task.meta).length;
+    units += task.concurrency?.key.length ?? 0;
+    if (task.resources !== undefined) units += JSON.stringify(task.resources).length;
   }
   return UNIT_BYTES * units + BARE_BYTES * (tasks.length + 1);
 }
@@ -252,6 +270,44 @@ function makeSchema(maxTasks: number) {
   );
   const filtersRule = `must be an object of at most ${JOB_LIMITS.filters} members`;
   const inputsRule = `must be an array of at most ${JOB_LIMITS.inputsPerTask} data ids, URLs or stage:<stage>[/<glob>] references`;
+  const keyRule = `must be a string of 1 to ${JOB_LIMITS.keyLength} characters, none of them a control character`;
+  const concurrency = z
+    .object(
+      {
+        key: z
+          .string(keyRule)
+          .refine(
+            (value) =>
+              value.length >= 1 &&
+              value.length <= 2 * JOB_LIMITS.keyLength &&
+              Array.from(value).length <= JOB_LIMITS.keyLength &&
+              !UNPRINTABLE.test(value),
+            keyRule,
+          ),
+        limit: integer(
+          `must be an integer from 1 to ${JOB_LIMITS.maxConcurrency}`,
+          1,
+          JOB_LIMITS.maxConcurrency,
+        ),
+      },
+      'must be an object such as {"key": "customer-7", "limit": 2}',
+    )
+    .nullish();
+  const resources = z
+    .unknown()
+    .transform((value, context): Resources | null => {
+      try {
+        return parseResources(value);
+      } catch (error) {
+        const { message, details } = MillraceError.from(error);
+        const name = details?.['name'];
+        const path = typeof name === 'string' ? [name] : [];
+        const input = typeof name === 'string' ? (value as JsonObject)[name] : value;
+        context.addIssue({ code: 'custom', message, path, input });
+        return z.NEVER;
+      }
+    })
+    .optional();
   const prefixRule = `must be a path of at most ${JOB_LIMITS.prefixBytes} bytes without ".." segments and control characters`;
   const task = z.object(
     {
@@ -291,6 +347,8 @@ function makeSchema(maxTasks: number) {
       ).nullish(),
       deadline_at: deadline,
       not_before: notBefore,
+      concurrency,
+      resources,
     },
     'must be a JSON object',
   );
@@ -312,6 +370,7 @@ function makeSchema(maxTasks: number) {
         .nullish(),
       deadline_at: deadline,
       not_before: notBefore,
+      concurrency,
       cache: z.boolean('must be true or false').nullish(),
       // The length is checked before the items, so that an endless list costs nothing.
       tasks: z

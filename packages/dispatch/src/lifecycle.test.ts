@@ -7,14 +7,37 @@ import {
   backoffMs,
   isFinal,
   isHeld,
+  isResumable,
   jobStatus,
   judge,
+  resume,
   taskStatus,
   wakeAt,
 } from './lifecycle.ts';
 
 const tally = { attempts: 1, maxAttempts: 3, nodeFaults: 0, drains: 0 };
 const none = { queued: 0, leased: 0, running: 0, completed: 0, failed: 0, canceled: 0 };
+
+describe('a lease that expired while nobody took the task', () => {
+  test('is resumable while its task is queued and in time, and in no other state', () => {
+    const at = (deadlineAt: number | null) =>
+      TASK_STATES.filter((state) => isResumable({ state, deadlineAt }, 100));
+    expect(at(null)).toEqual(['delayed', 'ready']);
+    expect(at(101)).toEqual(['delayed', 'ready']);
+    expect(at(100)).toEqual([]);
+  });
+
+  test('resuming undoes an expiry that did not count, and keeps the number of the attempt in any case', () => {
+    for (let nodeFaults = 0; nodeFaults <= FREE_NODE_FAULTS; nodeFaults += 1) {
+      const before = { ...tally, nodeFaults };
+      const after = judge('expired', before, true);
+      const again = resume(after);
+      expect(again.attempts + again.nodeFaults).toBe(before.attempts + before.nodeFaults);
+      expect(again.attempts).toBeLessThanOrEqual(before.maxAttempts);
+      if (nodeFaults < FREE_NODE_FAULTS) expect(again).toEqual({ attempts: 1, nodeFaults });
+    }
+  });
+});
 
 describe('states', () => {
   test('the wire knows six, three of ours are queued', () => {

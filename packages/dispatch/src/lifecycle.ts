@@ -32,7 +32,7 @@
  * | `completed`    | complete                           | yes                                      | `completed` |
  * | `failed`       | fail                               | yes                                      | `delayed`, or `failed` when not retryable or none is left |
  * | `setup_failed` | fail or release: the node's fault  | after {@link FREE_NODE_FAULTS} of them   | `delayed`; `failed` when it counted and none is left |
- * | `expired`      | sweep: the node went silent        | likewise (one tally with `setup_failed`) | `ready` at once; when it counted as `failed` |
+ * | `expired`      | sweep: the node went silent        | likewise (one tally with `setup_failed`) | `ready` at once; when it counted as `failed`. Undone when the node comes back before another took the task |
  * | `shutdown`     | release: the node drains           | no; after {@link FREE_DRAINS} as a fault | `ready` at once |
  *
  * So a node that cannot set tasks up, or dies under them, does not eat the attempts of work that is fine, and a task
@@ -40,11 +40,24 @@
  *
  * ## Fencing
  *
- * A write under a lease is accepted while that lease is its task's current one, that is, until an ending or the sweep
- * took it away. A lease that has expired but was not swept yet is still current: nobody else took the task, so a late
- * heartbeat revives it and a late completion counts. Once it is swept, every write under it is `aborted`. Repeating
- * the ending that was accepted for a lease is harmless and answers as the first time, whatever happened to the task
- * since.
+ * A write under a lease is accepted while that lease is its task's newest. Repeating the ending that was accepted for a
+ * lease is harmless and answers as the first time, whatever happened to the task since.
+ *
+ * An expired lease that nobody replaced is the newest, so a node that lost contact and comes back in time goes on as if
+ * nothing had happened:
+ *
+ * | the lease                                                  | heartbeat, complete, fail, log append, artifact write |
+ * | ---------------------------------------------------------- | ----------------------------------------------------- |
+ * | has expired and was not swept yet                          | accepted: it never ended |
+ * | was swept, its task is `ready`, or `delayed` by that       | accepted: the lease is *resumed* first |
+ * | was swept, and somebody leased the task since              | `aborted` |
+ * | was swept, and its task is final or past its deadline      | `aborted` |
+ * | ended in any other way                                     | `aborted`, unless it repeats that ending |
+ *
+ * Resuming takes the expiry back ({@link resume}): its receipt goes, the attempt is counted again and the fault is not, the
+ * task is `running` under the same lease id with a fresh expiry, and `task.resumed` says so. It ignores
+ * `max_concurrency`, since the work is going on already; a resumed lease counts as held like any other. A release does not
+ * resume: who gives back what was taken away has nothing more to do.
  *
  * ## Cancelling
  *
@@ -162,6 +175,27 @@ export function judge(ending: Ending, tally: Tally, retryable: boolean): Verdict
 }
 
 /**
+ * What an expiry that nobody acted on leaves of the tally once its lease is resumed: one node fault less, one attempt more.
+ * That undoes an expiry which did not count. One that did goes on as an attempt of its own for the fault it gets back, so that
+ * attempts and faults together, which number the logs and bound how often a task is begun, stay what they were.
+ */
+export function resume({ attempts, nodeFaults }: Pick<Tally, 'attempts' | 'nodeFaults'>): {
+  readonly attempts: number;
+  readonly nodeFaults: number;
+} {
+  return { attempts: attempts + 1, nodeFaults: nodeFaults - 1 };
+}
+
+/** Whether a task whose newest lease expired is still there for the node that held it. */
+export function isResumable(
+  task: { readonly state: TaskState; readonly deadlineAt: number | null },
+  now: number,
+): boolean {
+  if (task.state !== 'ready' && task.state !== 'delayed') return false;
+  return task.deadlineAt === null || task.deadlineAt > now;
+}
+
+/**
  * The job's status for these counts of its tasks. `started`: some task was leased once. While tasks are still queued or
  * leased it is `pending` or `running`, whatever has failed.
  */
@@ -188,4 +222,21 @@ export function wakeAt(task: Waits): number | null {
   const own = isHeld(task.state) ? task.leaseExpiresAt : task.state === 'delayed' ? task.notBefore : null;
   if (own === null || deadline === null) return own ?? deadline;
   return Math.min(own, deadline);
+}
+
+/**
+ * When a lease expires whose node was last heard of in the future: the store's clock was set back since, and what the lease had left
+ * counts from now on. Otherwise the tasks of a node that died would wait until the clock is where it was. Null: nothing to mend.
+ */
+export function expiryAfterSetback(
+  held: {
+    readonly leasedAt: number | null;
+    readonly lastHeartbeatAt: number | null;
+    readonly leaseExpiresAt: number | null;
+  },
+  now: number,
+): number | null {
+  const heardAt = held.lastHeartbeatAt ?? held.leasedAt;
+  if (heardAt === null || held.leaseExpiresAt === null || heardAt <= now) return null;
+  return now + Math.max(0, held.leaseExpiresAt - heardAt);
 }

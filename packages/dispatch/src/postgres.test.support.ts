@@ -308,7 +308,9 @@ export async function miscounts(server: PostgresServer, database: string): Promi
          count(*) FILTER (WHERE state = 'completed') AS completed, count(*) FILTER (WHERE state = 'failed') AS failed,
          count(*) FILTER (WHERE state = 'canceled') AS canceled, count(*) AS tasks
        FROM millrace.jobs j LEFT JOIN (
-         SELECT job_seq, state FROM millrace.open_tasks UNION ALL SELECT job_seq, state FROM millrace.ended_tasks) t
+         SELECT job_seq, state FROM millrace.open_tasks
+         UNION ALL SELECT job_seq, 'ready' FROM millrace.fresh, generate_series(first_no, last_no)
+         UNION ALL SELECT job_seq, state FROM millrace.ended_runs, generate_series(first_no, last_no)) t
          ON t.job_seq = j.seq
        GROUP BY j.seq)
      SELECT 'tasks of job ' || j.id AS line FROM millrace.jobs j JOIN counted c USING (seq)

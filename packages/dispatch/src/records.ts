@@ -4,6 +4,7 @@
  * with milliseconds. Members marked "ours" are additions a reference peer ignores.
  */
 import type { Json, JsonObject } from '@millrace/runner';
+import type { Resources } from './resources.ts';
 
 export const TASK_STATUSES = ['queued', 'leased', 'running', 'completed', 'failed', 'canceled'] as const;
 export type TaskStatus = (typeof TASK_STATUSES)[number];
@@ -38,6 +39,15 @@ export interface JobSpec {
  */
 export type CapabilityFilters = Readonly<Record<string, string | JsonObject>>;
 
+/**
+ * A task is given out only while fewer than `limit` tasks with the same key, of any job of its domain, are leased or running.
+ * Ours. The key has 1 to 256 characters; tasks of one key may name different limits.
+ */
+export interface ConcurrencyLimit {
+  readonly key: string;
+  readonly limit: number;
+}
+
 export interface TaskSubmission {
   readonly label: string;
   /** Tasks of one name form a stage. Absent in the spec: the task's label. */
@@ -58,6 +68,10 @@ export interface TaskSubmission {
   readonly deadline_at: string | null;
   /** Ours: RFC 3339; not given out before, nor before the job's. Absent: at once. */
   readonly not_before?: string;
+  /** Ours. Absent: any number at once. In a job as submitted, the job may name one for those of its tasks that have none. */
+  readonly concurrency?: ConcurrencyLimit;
+  /** Ours: what it takes of a node that says what it has. Absent: one `cpu`. */
+  readonly resources?: Resources;
 }
 
 export interface JobRecord {
@@ -132,6 +146,10 @@ export interface TaskRecord {
   readonly node_faults: number;
   /** Ours. */
   readonly deadline_at: string | null;
+  /** Ours: as submitted. */
+  readonly concurrency?: ConcurrencyLimit;
+  /** Ours: as submitted. */
+  readonly resources?: Resources;
 }
 
 /** One accepted ending of one attempt. */
@@ -169,7 +187,8 @@ export interface JobDetail {
  *
  * kinds: `job.submitted`, `job.running`, `job.cancel_requested`, `job.completed|failed|canceled`; `task.runnable`,
  * `task.leased` {node_id, attempt, lease_id}, `task.running`, `task.progress` {progress}, `task.log` {event},
- * `task.retry` {reason, not_before, attempt}, `task.released` {reason}, `task.expired` {node_id},
+ * `task.retry` {reason, not_before, attempt}, `task.released` {reason}, `task.expired` {node_id}, `task.resumed` {node_id,
+ * attempt, lease_id} after that, if its node came back before another took it,
  * `task.completed` {outputs, memo?: {task_id, job_id} of the task whose result it is}, `task.failed` {reason}, `task.canceled` {reason}.
  */
 export interface JobEvent {
@@ -223,7 +242,24 @@ export interface NodeRecord {
   readonly last_seen_at: string | null;
   /** Leases it holds now. */
   readonly active_leases: number;
+  /** Ours: what it has to give, as registered. Absent: it does not say. */
+  readonly resources?: Resources;
+  /** Ours: how much of that the tasks take that it holds. Present when `resources` is; empty: nothing. */
+  readonly resources_in_use?: Resources;
 }
+
+/** A domain in the rounds by which domains take turns. Ours. */
+export interface DomainStanding {
+  readonly domain_id: string;
+  /** Tasks it is given in a round: a whole number from 1 to {@link MAX_WEIGHT}. */
+  readonly weight: number;
+  /** Tasks that a node may take, and that nodes hold. */
+  readonly ready: number;
+  readonly held: number;
+}
+
+/** The largest weight of a domain. Without one of its own a domain has 1. */
+export const MAX_WEIGHT = 1000;
 
 export interface BusyNode {
   readonly node_id: string;

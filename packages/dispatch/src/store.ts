@@ -7,7 +7,8 @@
  * - A verb resolves after its effects are committed and synced; concurrent calls may share one commit.
  * - The store's clock judges leases, retries and deadlines.
  * - A batch verb answers each item on its own: one item's error changes nothing for the others.
- * - A write under a lease is accepted only while that lease is its task's newest ({@link LeaseRef}).
+ * - A write under a lease is accepted only while that lease is its task's newest ({@link LeaseRef}). One that expired is that
+ *   until another node takes the task, and is resumed by the write (`lifecycle.ts`).
  * - Listeners hear of a change after it is committed, never before.
  */
 import type { Json, JsonObject, MillraceError } from '@millrace/runner';
@@ -16,6 +17,7 @@ import type {
   CapabilityFilters,
   ComputeRecord,
   DataRecord,
+  DomainStanding,
   JobDetail,
   JobEvent,
   JobRecord,
@@ -28,6 +30,7 @@ import type {
   TaskRecord,
   TasksSummary,
 } from './records.ts';
+import type { Resources } from './resources.ts';
 
 /** The answer to one item of a batch. */
 export type Outcome<T> =
@@ -35,7 +38,7 @@ export type Outcome<T> =
 
 /**
  * Names a lease. Our nodes send the lease id. A reference node knows only itself and the task: then `leaseId` is
- * null, and the task's current lease is meant if `nodeId` holds it.
+ * null, and the task's newest lease is meant if it is or was `nodeId`'s.
  */
 export interface LeaseRef {
   readonly taskId: string;
@@ -164,8 +167,10 @@ export interface TaskStanding {
   /** Since when the current lease is held. */
   readonly leasedAt: string | null;
   readonly final: boolean;
-  /** Tasks that wait for the same kind of node and come before it; null unless a node may take it now. */
+  /** Tasks of its domain that wait for the same kind of node and come before it; null unless a node may take it now. */
   readonly ahead: { readonly higherPriority: number; readonly older: number } | null;
+  /** Tasks that are leased or running with the key of its concurrency limit, itself included; absent: it has none. */
+  readonly heldOfKey?: number;
 }
 
 /** `shutdown`: the node drains. `canceled`: the work of a cancelled task is gone. */
@@ -286,6 +291,8 @@ export interface NodeRegistration {
   readonly version: string;
   /** null: 1, as the reference has it. */
   readonly maxConcurrency: number | null;
+  /** What it has to give. Null or absent: it does not say. */
+  readonly resources?: Resources | null;
 }
 
 export interface Nonce {
@@ -298,7 +305,7 @@ export interface Nonce {
   readonly expiresAtMs: number;
 }
 
-/** Bytes already in the blob store, to be named. */
+/** Bytes to be named: already in the blob store, or small and given with their name. */
 export interface DataWrite {
   readonly domainId: string;
   /** Replace this record; null creates. */
@@ -310,6 +317,8 @@ export interface DataWrite {
   readonly dataType: string | null;
   readonly digest: string;
   readonly size: number;
+  /** The bytes themselves, for a store that keeps small ones ({@link Store.small}). Absent: they are in the blob store. */
+  readonly bytes?: Uint8Array;
   /** The lease it is written under; null for a requestor. Checked like every write under a lease. */
   readonly lease: LeaseRef | null;
   /** On create: replace a record of the same name instead of answering `already_exists`. */
@@ -319,6 +328,17 @@ export interface DataWrite {
    * with an outputs prefix, which confines them to their own. Default false.
    */
   readonly ownOnly?: boolean;
+}
+
+/**
+ * Bytes that came with the items that name them ({@link DataWrite.bytes}): durable by the same commit, and gone with the last item
+ * that names them.
+ */
+export interface SmallBytes {
+  /** Larger ones go to the blob store. */
+  readonly maxBytes: number;
+  /** As they are stored: whoever serves them checks their digest. Null when they are not kept here. */
+  get(digest: string): Promise<Uint8Array | null>;
 }
 
 export interface DataQuery {
@@ -389,8 +409,12 @@ export interface QueueStanding {
   readonly filters: CapabilityFilters;
   readonly mode: NodeMode;
   readonly organizationId: string | null;
+  /** Absent: they name none. */
+  readonly resources?: Resources;
   /** A node may take them. */
   readonly ready: number;
+  /** Of these, those that wait because as many tasks of their key are held as their limit allows. */
+  readonly limited: number;
   /** Wait for an earlier stage. */
   readonly blocked: number;
   /** Wait for their time, as submitted or after a failed attempt. */
@@ -441,7 +465,10 @@ export interface Store extends AsyncDisposable {
   complete(items: readonly CompleteItem[]): Promise<Outcome<{ readonly leaseId: string }>[]>;
   fail(items: readonly FailItem[]): Promise<Outcome<{ readonly leaseId: string }>[]>;
   release(items: readonly ReleaseItem[]): Promise<Outcome<{ readonly leaseId: string }>[]>;
-  /** Of these leases, those whose work should end: cancelled, or no longer the newest. */
+  /**
+   * Of these leases, those whose node should ask at once how they stand: cancelled, or not held any more. Work under one that
+   * only expired may go on: the answer to its next heartbeat decides.
+   */
   canceledLeases(nodeId: string, leaseIds: readonly string[]): Promise<readonly string[]>;
   /** Takes back expired leases, makes due retries runnable, fails tasks past their deadline. */
   sweep(): Promise<SweepAnswer>;
@@ -479,6 +506,12 @@ export interface Store extends AsyncDisposable {
   /** Moves a schedule on, if it still stands where it stood. */
   endTick(tick: EndedTick): Promise<boolean>;
 
+  // Domains, which take turns.
+  /** `weight` 1 is that of a domain that was never given one. @throws MillraceError `invalid_argument` */
+  setWeight(domainId: string, weight: number): Promise<void>;
+  /** By id: those with another weight than 1, or with tasks that are ready or held. */
+  domains(): Promise<readonly DomainStanding[]>;
+
   // Nodes and their identity.
   createNode(node: NewNode): Promise<NodeRecord>;
   /** False too when there is no such node, so that ids cannot be probed. */
@@ -501,7 +534,7 @@ export interface Store extends AsyncDisposable {
   /** The value of a setting; `create` gives it the first time, and all callers get the one that won. */
   setting(name: string, create: () => JsonObject): Promise<JsonObject>;
 
-  // Data items and chunked uploads. The bytes are in the blob store.
+  // Data items and chunked uploads. The bytes are in the blob store, but for those of {@link Store.small}.
   /** All of them or, when one is refused, none. Two writes of one call must not be for the same item or name. */
   putData(writes: readonly DataWrite[]): Promise<readonly DataRecord[]>;
   getData(domainId: string, id: string): Promise<DataRecord | null>;
@@ -519,6 +552,8 @@ export interface Store extends AsyncDisposable {
   expiredUploads(limit: number): Promise<readonly UploadRecord[]>;
   /** Of these digests, those that no data item names and no compute has. */
   unreferencedDigests(digests: readonly string[]): Promise<readonly string[]>;
+  /** Absent where all bytes are in the blob store. */
+  readonly small?: SmallBytes;
 
   // Computes. The bytes are in the blob store; digests are `sha256:<hex>`.
   /** Keeps one that is there. @throws MillraceError `already_exists` when it is there for another engine. */

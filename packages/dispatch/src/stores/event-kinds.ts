@@ -17,6 +17,7 @@ export const EVENT_KINDS = [
   'task.completed',
   'task.failed',
   'task.canceled',
+  'task.resumed',
 ] as const;
 export type EventKind = (typeof EVENT_KINDS)[number];
 

@@ -511,6 +511,7 @@ export function flowSuite(world: () => FlowWorld): void {
         blocked: 0,
         delayed: 0,
         held: 0,
+        limited: 0,
         oldestReadyAgeMs: 0,
       });
       expect(await special()).toMatchObject({

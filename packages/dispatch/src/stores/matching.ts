@@ -4,6 +4,8 @@
  */
 import { selectorFromFilters, selectorMatches } from '@millrace/runner/model';
 import type { CapabilityFilters, NodeMode } from '../records.ts';
+import type { Resources } from '../resources.ts';
+import { shortage } from './fitting.ts';
 
 /** What the tasks of one queue demand of a node. */
 export interface Demand {
@@ -12,6 +14,8 @@ export interface Demand {
   readonly mode: NodeMode;
   /** The job's organization; null: none. */
   readonly organizationId: string | null;
+  /** What each task takes of a node. Null or absent: it names nothing. */
+  readonly resources?: Resources | null;
 }
 
 /** What a node offers. */
@@ -20,17 +24,20 @@ export interface Offer {
   readonly labels: Readonly<Record<string, string>>;
   readonly mode: NodeMode;
   readonly organizationId: string;
+  /** Null or absent: it does not say. */
+  readonly resources?: Resources | null;
 }
 
 /**
  * - `preferred` work the node is meant for: a dedicated node's dedicated tasks, a public node's own organization
  * - `other` everything else it may take, after all of the above
- * - `never` a capability it has not registered, a filter that its label does not satisfy, or work it is not allowed to see:
- *   public nodes take public work of any organization, dedicated nodes only work of their own.
+ * - `never` a capability it has not registered, a filter that its label does not satisfy, more than it has of a resource, or
+ *   work it is not allowed to see: public nodes take public work of any organization, dedicated nodes only work of their own.
  */
 export function match(demand: Demand, offer: Offer): 'preferred' | 'other' | 'never' {
   if (!offer.capabilities.includes(demand.capability)) return 'never';
   if (differingLabel(demand.filters, offer.labels) !== null) return 'never';
+  if (shortage(demand.resources, offer.resources) !== null) return 'never';
   const own = demand.organizationId === offer.organizationId;
   if (offer.mode === 'dedicated') {
     if (!own) return 'never';

@@ -2,6 +2,7 @@
 import { timingSafeEqual } from 'node:crypto';
 import { MillraceError } from '@millrace/runner';
 import type { NodeMode, NodeRecord } from '../records.ts';
+import type { Resources } from '../resources.ts';
 import { NODE_ONLINE_MS } from '../store.ts';
 import type { NodeRegistration } from '../store.ts';
 import { isoTime, isoTimeOrNull } from './time.ts';
@@ -23,12 +24,15 @@ export interface KeptNode {
   readonly labels: Readonly<Record<string, string>>;
   readonly version: string | null;
   readonly maxConcurrency: number;
+  /** Null or absent: it does not say. */
+  readonly resources?: Resources | null;
   readonly createdAt: number;
   readonly registeredAt: number | null;
   readonly lastSeenAt: number | null;
 }
 
-export function nodeRecord(node: KeptNode, activeLeases: number): NodeRecord {
+/** `inUse`: what its tasks take, of a node that says what it has. */
+export function nodeRecord(node: KeptNode, activeLeases: number, inUse: Resources = {}): NodeRecord {
   return {
     id: node.id,
     name: node.name,
@@ -43,6 +47,7 @@ export function nodeRecord(node: KeptNode, activeLeases: number): NodeRecord {
     registered_at: isoTimeOrNull(node.registeredAt),
     last_seen_at: isoTimeOrNull(node.lastSeenAt),
     active_leases: activeLeases,
+    ...(node.resources != null && { resources: node.resources, resources_in_use: inUse }),
   };
 }
 

@@ -26,7 +26,9 @@ const PING_MS = 30_000;
 const PING_TIMEOUT_MS = 10_000;
 const MAX_RECONNECT_DELAY_MS = 5_000;
 
-const NOTIFY = sql(`SELECT pg_notify('${CHANNEL}', payload) FROM unnest($1::text[]) AS payload`);
+// A hint need not be durable: the commit that carries it waits for no disk.
+const NOTIFY = sql(`
+  SELECT set_config('synchronous_commit', 'off', true), pg_notify('${CHANNEL}', payload) FROM unnest($1::text[]) AS payload`);
 
 interface Hint {
   /** Who sent it: a store does not listen to itself. */

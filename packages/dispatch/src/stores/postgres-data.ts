@@ -16,8 +16,10 @@ import type {
 import { sql } from './postgres-database.ts';
 import type { Database, Transaction } from './postgres-database.ts';
 import { isDuplicate } from './postgres-errors.ts';
+import type { Names } from './postgres-names.ts';
 import { refusalOfLease } from './postgres-leases.ts';
-import { columns } from './postgres-rows.ts';
+import { columns, endedAt } from './postgres-rows.ts';
+import type { Place } from './postgres-rows.ts';
 import { isoTime } from './time.ts';
 
 interface DataRow {
@@ -37,15 +39,14 @@ const COLUMNS = `d.id, d.domain_id AS "domainId", d.name, d.data_type AS "dataTy
 
 // Shared: it keeps the lease from ending before what is written under it is committed.
 const LEASES = sql(`
-  SELECT t.id, coalesce(o.state, e.state) AS state, o.lease_id AS "leaseId", o.node_id AS "nodeId", j.id AS "jobId",
-    j.domain_id AS "domainId"
-  FROM tasks t JOIN jobs j ON j.seq = t.job_seq
-  LEFT JOIN ended_tasks e ON e.job_seq = t.job_seq AND e.no = t.no
-  LEFT JOIN open_tasks o ON o.job_seq = t.job_seq AND o.no = t.no
-  WHERE t.id = ANY($1::text[])`);
+  SELECT u.job_seq AS "jobSeq", u.no, coalesce(o.state, e.state, 'ready') AS state, o.lease_id AS "leaseId",
+    o.node_id AS "nodeId", j.id AS "jobId", j.domain_id AS "domainId"
+  FROM unnest($1::bigint[], $2::integer[]) AS u (job_seq, no) JOIN jobs j ON j.seq = u.job_seq
+  LEFT JOIN open_tasks o ON o.job_seq = u.job_seq AND o.no = u.no
+  LEFT JOIN ended_runs e ON ${endedAt('u.job_seq', 'u.no')}`);
 const HOLD_LEASES = sql(`
-  SELECT o.job_seq FROM open_tasks o JOIN tasks t ON t.job_seq = o.job_seq AND t.no = o.no
-  WHERE t.id = ANY($1::text[]) ORDER BY o.job_seq, o.no FOR SHARE OF o`);
+  SELECT o.job_seq FROM unnest($1::bigint[], $2::integer[]) AS u (job_seq, no)
+  JOIN open_tasks o ON o.job_seq = u.job_seq AND o.no = u.no ORDER BY o.job_seq, o.no FOR SHARE OF o`);
 
 const LOCK_ITEMS = sql(`
   SELECT ${COLUMNS} FROM data d
@@ -115,19 +116,22 @@ interface PlannedWrite {
 
 export class Data {
   readonly #database: Database;
+  readonly #names: Names;
   readonly #newId: () => string;
 
-  constructor(database: Database, newId: () => string) {
+  constructor(database: Database, names: Names, newId: () => string) {
     this.#database = database;
+    this.#names = names;
     this.#newId = newId;
   }
 
   /** @throws MillraceError as {@link Store.putData} */
   async put(writes: readonly DataWrite[]): Promise<DataRecord[]> {
+    const places = await this.#names.find(writes.flatMap(({ lease }) => (lease ? [lease.taskId] : [])));
     for (let tries = 1; ; tries += 1) {
       try {
         return await this.#database.transaction('call', async (transaction) => {
-          const planned = await plan(transaction, writes);
+          const planned = await plan(transaction, places, writes);
           return await Promise.all(planned.map((write) => this.#apply(transaction, write)));
         });
       } catch (error) {
@@ -179,8 +183,9 @@ export class Data {
 
   async createUpload(upload: Omit<UploadRecord, 'parts'>): Promise<void> {
     const { id, domainId, expiresAtMs, lease } = upload;
+    const places = await this.#names.find(lease ? [lease.taskId] : []);
     await this.#database.transaction('call', async (transaction) => {
-      if (lease) (await leasesOf(transaction, [lease]))(lease, domainId);
+      if (lease) (await leasesOf(transaction, places, [lease]))(lease, domainId);
       await transaction.count(INSERT_UPLOAD, [id, domainId, expiresAtMs, JSON.stringify(upload)]);
     });
   }
@@ -265,12 +270,16 @@ export class Data {
 }
 
 /** What stands in the way of one write is found before the first is made. */
-async function plan(transaction: Transaction, writes: readonly DataWrite[]): Promise<PlannedWrite[]> {
+async function plan(
+  transaction: Transaction,
+  places: ReadonlyMap<string, Place>,
+  writes: readonly DataWrite[],
+): Promise<PlannedWrite[]> {
   const refs = writes.flatMap(({ lease }) => lease ?? []);
   const named = writes.filter(({ name }) => name !== null);
   // Tasks before items, as everywhere; the leases are looked at once they cannot end any more.
   const [checkLease, rows] = await Promise.all([
-    leasesOf(transaction, refs),
+    leasesOf(transaction, places, refs),
     transaction.rows<DataRow>(LOCK_ITEMS, [
       writes.flatMap(({ id }) => id ?? []),
       ...columns<DataWrite, string>(
@@ -337,23 +346,32 @@ function planOne(write: DataWrite, rows: readonly DataRow[], checkLease: CheckLe
 type CheckLease = (ref: LeaseRef, domainId: string) => string;
 
 /** Keeps the leases of these tasks from ending until the transaction does, and tells what they are. */
-async function leasesOf(transaction: Transaction, refs: readonly LeaseRef[]): Promise<CheckLease> {
-  type Row = {
-    readonly id: string;
+async function leasesOf(
+  transaction: Transaction,
+  places: ReadonlyMap<string, Place>,
+  refs: readonly LeaseRef[],
+): Promise<CheckLease> {
+  type Row = Place & {
     readonly state: TaskState;
     readonly leaseId: string | null;
     readonly nodeId: string | null;
     readonly jobId: string;
     readonly domainId: string;
   };
-  const ids = [...new Set(refs.map(({ taskId }) => taskId))];
+  const found = [...new Set(refs.map(({ taskId }) => taskId))].flatMap((id) => places.get(id) ?? []);
+  const values = columns<Place, number>(
+    found,
+    ({ jobSeq }) => jobSeq,
+    ({ no }) => no,
+  );
   const [, rows] =
-    ids.length === 0
+    found.length === 0
       ? [[], []]
-      : await Promise.all([transaction.rows(HOLD_LEASES, [ids]), transaction.rows<Row>(LEASES, [ids])]);
-  const tasks = new Map(rows.map((row) => [row.id, row]));
+      : await Promise.all([transaction.rows(HOLD_LEASES, values), transaction.rows<Row>(LEASES, values)]);
+  const byPlace = new Map(rows.map((row) => [`${row.jobSeq}:${row.no}`, row]));
   return (ref, domainId) => {
-    const task = tasks.get(ref.taskId);
+    const place = places.get(ref.taskId);
+    const task = place && byPlace.get(`${place.jobSeq}:${place.no}`);
     const current =
       task &&
       isHeld(task.state) &&
@@ -363,7 +381,7 @@ async function leasesOf(transaction: Transaction, refs: readonly LeaseRef[]): Pr
     if (task.domainId !== domainId) {
       throw new MillraceError(
         'permission_denied',
-        `task ${task.id} belongs to domain ${task.domainId} and may not write into domain ${domainId}`,
+        `task ${ref.taskId} belongs to domain ${task.domainId} and may not write into domain ${domainId}`,
       );
     }
     return task.jobId;

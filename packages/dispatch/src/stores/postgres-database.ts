@@ -9,6 +9,7 @@
  * on what it was sent, and a transaction is never run twice.
  */
 import { randomUUID } from 'node:crypto';
+import type { Socket } from 'node:net';
 import { MillraceError, sleep, systemClock } from '@millrace/runner';
 import type { Clock, Logger } from '@millrace/runner';
 import pg from 'pg';
@@ -25,6 +26,30 @@ export type Value =
 export interface Statement {
   readonly name: string;
   readonly text: string;
+}
+
+/** An array as the server reads it. */
+export function arrayText(values: readonly (string | number | null)[]): string {
+  let text = '{';
+  for (const [index, value] of values.entries()) {
+    if (index > 0) text += ',';
+    if (value === null) text += 'NULL';
+    else if (typeof value === 'number') text += value;
+    else text += SPECIAL.test(value) ? `"${value.replace(SPECIALS, '\\$&')}"` : `"${value}"`;
+  }
+  return `${text}}`;
+}
+
+const SPECIAL = /["\\]/;
+const SPECIALS = /["\\]/g;
+
+/** As the driver sends it. It can do this itself, at several times the price for arrays. */
+function encoded(values: readonly Value[]): unknown[] {
+  return values.map((value) => (Array.isArray(value) && isPlain(value) ? arrayText(value) : value));
+}
+
+function isPlain(values: readonly unknown[]): values is (string | number | null)[] {
+  return !(values[0] instanceof Uint8Array);
 }
 
 let statements = 0;
@@ -98,7 +123,6 @@ export function clientConfig(address: Address): pg.ClientConfig {
     statement_timeout: STATEMENT_TIMEOUT_MS,
     lock_timeout: LOCK_TIMEOUT_MS,
     idle_in_transaction_session_timeout: IDLE_TRANSACTION_TIMEOUT_MS,
-    query_timeout: SILENCE_MS,
     keepAlive: true,
     pipeline: true,
     types: {
@@ -170,6 +194,25 @@ export async function goodbye(closing: Promise<unknown>): Promise<void> {
   const patience = sleep(systemClock, GOODBYE_MS, closed.signal).catch(() => {});
   await Promise.race([closing.catch(() => {}), patience]);
   closed.abort();
+}
+
+/** The driver's types keep it to themselves. */
+function streamOf(client: pg.ClientBase): Socket {
+  return (client as unknown as { readonly connection: { readonly stream: Socket } }).connection.stream;
+}
+
+const gathering = new WeakSet<Socket>();
+
+/** Sends what is asked for in this turn of the event loop in one go: a write is a call of the system and wakes the server. */
+function gather(client: pg.ClientBase): void {
+  const stream = streamOf(client);
+  if (gathering.has(stream)) return;
+  gathering.add(stream);
+  stream.cork();
+  process.nextTick(() => {
+    gathering.delete(stream);
+    stream.uncork();
+  });
 }
 
 /** What a transaction did to the counts that `stats` tells. */
@@ -250,7 +293,7 @@ export class Transaction {
   }
 
   async rows<R>(statement: Statement, values: readonly Value[]): Promise<R[]> {
-    const result = await this.#query({ ...statement, values: [...values] });
+    const result = await this.#query({ ...statement, values: encoded(values) });
     await this.#began;
     return result.rows as R[];
   }
@@ -258,7 +301,7 @@ export class Transaction {
   /** A change, and how many rows it changed. */
   async count(statement: Statement, values: readonly Value[]): Promise<number> {
     this.#wrote = true;
-    return (await this.#query({ ...statement, values: [...values] })).rowCount ?? 0;
+    return (await this.#query({ ...statement, values: encoded(values) })).rowCount ?? 0;
   }
 
   /** A change that answers with rows. */
@@ -270,7 +313,7 @@ export class Transaction {
   /** A change whose answer nobody needs. If it fails, the commit does. */
   send(statement: Statement, values: readonly Value[]): void {
     this.#wrote = true;
-    const sent = this.#query({ ...statement, values: [...values] });
+    const sent = this.#query({ ...statement, values: encoded(values) });
     sent.catch(() => {});
     this.#sent.push(sent);
   }
@@ -291,6 +334,7 @@ export class Transaction {
 
   async #query(query: string | pg.QueryConfig): Promise<pg.QueryResult> {
     try {
+      gather(this.#client);
       return await this.#client.query(query);
     } catch (error) {
       // Statements after the first that failed only say that the transaction is over.
@@ -318,7 +362,17 @@ export class Database {
       // Without listeners an idle connection that loses its server would end the process. Who uses a client hears of it
       // from the query.
       made.on('error', (error) => options.log?.warn('database connection lost', { error: error.message }));
-      made.on('connect', (client) => client.on('error', () => {}));
+      const busy = new WeakSet<pg.ClientBase>();
+      made.on('acquire', (client) => void busy.add(client));
+      made.on('release', (_, client) => void busy.delete(client));
+      made.on('connect', (client) => {
+        client.on('error', () => {});
+        // The driver has a limit for each statement, at the price of a timer for each.
+        const stream = streamOf(client);
+        stream.setTimeout(SILENCE_MS, () => {
+          if (busy.has(client)) stream.destroy(new Error(`the server said nothing for ${SILENCE_MS} ms`));
+        });
+      });
       return made;
     };
     this.#pools = { lane: pool(LANES), call: pool(options.connections - LANES - 1) };
@@ -334,6 +388,20 @@ export class Database {
     return await this.#persist(async () => {
       const client = await this.#connect('call');
       return await this.#use(client, async () => (await this.#query(client, statement, values)).rows as R[]);
+    });
+  }
+
+  /** Reads several things, each as of its own moment; the questions are sent together. */
+  async several<T>(
+    read: (ask: <R>(statement: Statement, values: readonly Value[]) => Promise<R[]>) => Promise<T>,
+  ): Promise<T> {
+    return await this.#persist(async () => {
+      const client = await this.#connect('call');
+      return await this.#use(client, () =>
+        read(async <R>(statement: Statement, values: readonly Value[]) => {
+          return (await this.#query(client, statement, values)).rows as R[];
+        }),
+      );
     });
   }
 
@@ -453,7 +521,8 @@ export class Database {
     values: readonly Value[],
   ): Promise<pg.QueryResult> {
     try {
-      return await client.query({ ...statement, values: [...values] });
+      gather(client);
+      return await client.query({ ...statement, values: encoded(values) });
     } catch (error) {
       throw fromDriver(error);
     }
@@ -461,6 +530,7 @@ export class Database {
 
   async #text(client: pg.PoolClient, text: string): Promise<pg.QueryResult> {
     try {
+      gather(client);
       return await client.query(text);
     } catch (error) {
       throw fromDriver(error);

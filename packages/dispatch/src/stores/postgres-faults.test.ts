@@ -1,6 +1,8 @@
 /**
  * Faults for real: the server killed, connections cut, while several dispatchers work. Nothing that was acknowledged is
  * lost, nothing is done twice, although no submission has an idempotency key.
+ *
+ * `MILLRACE_FAULT_ROUNDS` multiplies the rounds; their count is printed.
  */
 import { MillraceError } from '@millrace/runner';
 import { seededRandom } from '@millrace/runner/testing';
@@ -10,18 +12,27 @@ import type { Store } from '../store.ts';
 import { openPostgresStore } from './postgres.ts';
 import { Scene, jobOf, refOf, valueOf } from './suite.ts';
 
+const FACTOR = Number(process.env['MILLRACE_FAULT_ROUNDS'] ?? 1);
+const KILLS = Math.max(1, Math.round(3 * FACTOR));
+const CUTTING_MS = 4_000 * FACTOR;
+
 const pause = (ms: number): Promise<void> => new Promise((resolve) => void setTimeout(resolve, ms));
 
 describe.skipIf(withoutPostgres())('faults', () => {
   let server: PostgresServer;
   let database: string;
   const stores: Store[] = [];
+  const counts: string[] = [];
+  const counted = (fault: string, tried: number): void => {
+    counts.push(`faults, PostgreSQL store: ${fault}: ${tried} rounds, 0 losses`);
+  };
 
   beforeAll(async () => {
     server = await PostgresServer.start({ fsync: true });
   });
 
   afterAll(async () => {
+    for (const line of counts) process.stdout.write(`${line}\n`);
     await server[Symbol.asyncDispose]();
   });
 
@@ -123,39 +134,49 @@ describe.skipIf(withoutPostgres())('faults', () => {
 
   const emptyLedger = (): Ledger => ({ jobs: new Set(), tasks: new Set(), completed: [], items: new Set() });
 
-  test('all connections cut, again and again, under the load of two dispatchers', async () => {
-    const [one, two] = [await open(1, 30_000), await open(2, 30_000)];
-    const ledger = emptyLedger();
-    const stop = new AbortController();
-    const working = [load(one, 'one', ledger, stop.signal), load(two, 'two', ledger, stop.signal)];
-    let cut = 0;
-    let rounds = 0;
-    for (const until = Date.now() + 4000; Date.now() < until; rounds += 1) {
-      cut += await server.cutConnections(database);
-      await pause(40);
-    }
-    stop.abort();
-    await Promise.all(working);
-    expect(cut).toBeGreaterThan(rounds);
-    expect(ledger.jobs.size).toBeGreaterThan(0);
-    await expectNothingLostOrDoubled(one, ledger);
-  }, 120_000);
+  test(
+    'all connections cut, again and again, under the load of two dispatchers',
+    async () => {
+      const [one, two] = [await open(1, 30_000), await open(2, 30_000)];
+      const ledger = emptyLedger();
+      const stop = new AbortController();
+      const working = [load(one, 'one', ledger, stop.signal), load(two, 'two', ledger, stop.signal)];
+      let cut = 0;
+      let rounds = 0;
+      for (const until = Date.now() + CUTTING_MS; Date.now() < until; rounds += 1) {
+        cut += await server.cutConnections(database);
+        await pause(40);
+      }
+      stop.abort();
+      await Promise.all(working);
+      expect(cut).toBeGreaterThan(rounds);
+      expect(ledger.jobs.size).toBeGreaterThan(0);
+      await expectNothingLostOrDoubled(one, ledger);
+      counted('all connections of two dispatchers cut', rounds);
+    },
+    120_000 * FACTOR,
+  );
 
-  test('the server killed and started again, three times, under the load of two dispatchers', async () => {
-    const [one, two] = [await open(1, 60_000), await open(2, 60_000)];
-    const ledger = emptyLedger();
-    const stop = new AbortController();
-    const working = [load(one, 'one', ledger, stop.signal), load(two, 'two', ledger, stop.signal)];
-    for (let round = 0; round < 3; round += 1) {
-      const before = ledger.completed.length;
-      while (ledger.completed.length < before + 20) await pause(10);
-      await server.kill();
-      await server.start();
-    }
-    stop.abort();
-    await Promise.all(working);
-    await expectNothingLostOrDoubled(one, ledger);
-  }, 120_000);
+  test(
+    `the server killed and started again, ${KILLS} times, under the load of two dispatchers`,
+    async () => {
+      const [one, two] = [await open(1, 60_000), await open(2, 60_000)];
+      const ledger = emptyLedger();
+      const stop = new AbortController();
+      const working = [load(one, 'one', ledger, stop.signal), load(two, 'two', ledger, stop.signal)];
+      for (let round = 0; round < KILLS; round += 1) {
+        const before = ledger.completed.length;
+        while (ledger.completed.length < before + 20) await pause(10);
+        await server.kill();
+        await server.start();
+      }
+      stop.abort();
+      await Promise.all(working);
+      await expectNothingLostOrDoubled(one, ledger);
+      counted('SIGKILL of PostgreSQL under two dispatchers', KILLS);
+    },
+    120_000 * FACTOR,
+  );
 
   test('a server that stays away is unavailable after the patience given, and welcome when it is back', async () => {
     const store = await open(1, 300);

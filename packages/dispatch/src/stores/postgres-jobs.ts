@@ -1,13 +1,16 @@
 /** Submitting, cancelling and deleting jobs in PostgreSQL. */
 import { createHash } from 'node:crypto';
 import { MillraceError } from '@millrace/runner';
+import { isStageReference } from '../job-spec.ts';
 import { isFinal } from '../lifecycle.ts';
 import type { JobRecord, JobSpec, TaskSubmission } from '../records.ts';
 import type { NewJob, Outcome, PruneQuery, StoreChange } from '../store.ts';
 import { EventBuffer } from './job-events.ts';
-import { sql } from './postgres-database.ts';
+import { arrayText, sql } from './postgres-database.ts';
 import type { Database, Transaction } from './postgres-database.ts';
-import { columns, jobRecord, specText, storable } from './postgres-rows.ts';
+import { countIn, show } from './postgres-limits.ts';
+import type { NewKeyed } from './postgres-limits.ts';
+import { BLOCK, blockOf, columns, jobRecord, lineText, storable } from './postgres-rows.ts';
 import type { Job, JobText } from './postgres-rows.ts';
 import { INSERT_EVENTS, Unit, inUnit } from './postgres-unit.ts';
 import type { WorkSettings } from './postgres-unit.ts';
@@ -26,26 +29,33 @@ const CLAIM_SUBMISSIONS = sql(`
   ON CONFLICT (submitter, key) DO NOTHING RETURNING job_seq AS "jobSeq"`);
 const INSERT_JOBS = sql(`
   INSERT INTO jobs (seq, id, domain_id, organization_id, priority, created_at, deadline_at, task_count, cache, status, updated_at,
-    last_event, queued, leased, running, completed, failed, canceled)
+    last_event, queued, leased, running, completed, failed, canceled, traceparent)
   SELECT u.seq, u.id, u.domain_id, u.organization_id, u.priority, $9::bigint, u.deadline_at, u.task_count, u.cache, 'pending', $9,
-    u.last_event, u.task_count, 0, 0, 0, 0, 0
+    u.last_event, u.task_count, 0, 0, 0, 0, 0, u.traceparent
   FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::integer[], $8::bigint[],
-    $10::boolean[])
-    AS u (seq, id, domain_id, organization_id, priority, deadline_at, task_count, last_event, cache)`);
+    $10::boolean[], $11::text[])
+    AS u (seq, id, domain_id, organization_id, priority, deadline_at, task_count, last_event, cache, traceparent)`);
 const INSERT_JOB_SPECS = sql(`
-  INSERT INTO job_specs (job_seq, capabilities, spec) VALUES ($1, $2::text[], $3)`);
-const INSERT_TASKS = sql(`
-  INSERT INTO tasks (job_seq, no, id, stage, queue_id, priority, max_attempts, deadline_at, label, spec)
-  SELECT * FROM unnest($1::bigint[], $2::integer[], $3::text[], $4::integer[], $5::integer[], $6::bigint[], $7::integer[],
-    $8::bigint[], $9::text[], $10::text[])`);
+  INSERT INTO job_specs (job_seq, capabilities, spec)
+  SELECT u.job_seq, u.capabilities::text[], u.spec FROM unnest($1::bigint[], $2::text[], $3::text[])
+    AS u (job_seq, capabilities, spec)`);
+const INSERT_BLOCKS = sql(`
+  INSERT INTO task_blocks (job_seq, block, body) SELECT * FROM unnest($1::bigint[], $2::integer[], $3::text[])`);
+const INSERT_SPECS = sql(`
+  INSERT INTO task_specs (job_seq, no, spec) SELECT * FROM unnest($1::bigint[], $2::integer[], $3::text[])`);
+const INSERT_RANGES = sql(`
+  INSERT INTO fresh (lane_id, rank, job_seq, first_no, last_no, since)
+  SELECT u.*, $6::bigint FROM unnest($1::integer[], $2::bigint[], $3::bigint[], $4::integer[], $5::integer[]) AS u`);
 const OPEN_NEW_TASKS = sql(`
-  INSERT INTO open_tasks (job_seq, no, queue_id, rank, deadline_at, state, wake_at, attempts, node_faults, drains, updated_at,
-    not_before)
-  SELECT u.job_seq, u.no, u.queue_id, - u.priority, u.deadline_at, u.state,
-    CASE WHEN u.state = 'delayed' THEN least(u.not_before, u.deadline_at) ELSE u.deadline_at END, 0, 0, 0, $8::bigint,
-    CASE WHEN u.state <> 'ready' THEN u.not_before END
-  FROM unnest($1::bigint[], $2::integer[], $3::integer[], $4::bigint[], $5::bigint[], $6::text[], $7::bigint[])
-    AS u (job_seq, no, queue_id, priority, deadline_at, state, not_before)`);
+  INSERT INTO open_tasks (job_seq, no, lane_id, rank, deadline_at, state, wake_at, attempts, node_faults, drains, updated_at,
+    not_before, stage, max_attempts, key_id, key_limit, parked)
+  SELECT u.job_seq, u.no, u.lane_id, u.rank, u.deadline_at, u.state,
+    CASE WHEN u.state = 'delayed' THEN least(u.not_before, u.deadline_at) ELSE u.deadline_at END, 0, 0, 0, $10::bigint,
+    CASE WHEN u.state <> 'ready' THEN u.not_before END, u.stage, u.max_attempts, u.key_id,
+    u.key_limit, u.state = 'ready' AND u.key_id IS NOT NULL
+  FROM unnest($1::bigint[], $2::integer[], $3::integer[], $4::bigint[], $5::bigint[], $6::text[], $7::bigint[], $8::integer[],
+    $9::integer[], $11::bigint[], $12::integer[])
+    AS u (job_seq, no, lane_id, rank, deadline_at, state, not_before, stage, max_attempts, key_id, key_limit)`);
 const INSERT_STAGES = sql(`
   INSERT INTO stages (job_seq, stage, name, first_task, last_task, remaining, deps_remaining)
   SELECT * FROM unnest($1::bigint[], $2::integer[], $3::text[], $4::integer[], $5::integer[], $6::integer[], $7::integer[])`);
@@ -64,8 +74,11 @@ const DELETE_PARTS = [
   'attempts',
   'events',
   'open_tasks',
-  'ended_tasks',
-  'tasks',
+  'fresh',
+  'ended_runs',
+  'task_blocks',
+  'task_specs',
+  'task_ids',
   'stage_edges',
   'stages',
   'submissions',
@@ -74,16 +87,20 @@ const DELETE_PARTS = [
 ].map((table) => sql(`DELETE FROM ${table} WHERE job_seq = $1`));
 const DELETE_JOB = sql('DELETE FROM jobs WHERE seq = $1');
 
-/** Rows of tasks in one statement: the arrays of a job of many tasks are large texts. */
+/** Rows in one statement: the arrays of a job of many tasks are large texts. */
 const TASKS_PER_STATEMENT = 2000;
+const BLOCKS_PER_STATEMENT = 64;
+
+/** Specs of more characters are kept by themselves, so that taking one task of a block is not reading all of a long one. */
+const MAX_LINE = 512;
 
 /** A job to be written, with what was decided before its transaction. */
 interface Draft {
   readonly index: number;
   readonly job: NewJob;
   readonly id: string;
-  readonly taskIds: readonly string[];
   readonly queueIds: readonly number[];
+  readonly laneIds: readonly number[];
   readonly specHash: string;
 }
 
@@ -102,7 +119,7 @@ export async function submitJobs(
   );
   const drafts = await draftJobs(settings, jobs, (index) => outcomes[index] === undefined);
   if (drafts.length === 0) return { outcomes: outcomes as Outcome<Submitted>[], changes: [] };
-  const { changes, answers } = await database.transaction('lane', async (transaction) => {
+  const { changes, answers, made } = await database.transaction('lane', async (transaction) => {
     const answers = new Map<number, Outcome<Submitted>>();
     const keyed = drafts.filter(({ job }) => job.idempotencyKey !== null);
     const [numbers, known] = await Promise.all([
@@ -137,20 +154,21 @@ export async function submitJobs(
         claims.map(({ seq }) => seq),
       ]);
       // Another dispatcher committed one of the keys since they were looked up: look again.
-      if (claimed.length < claims.length) return { changes: null, answers };
+      if (claimed.length < claims.length) return { changes: null, answers, made: [] };
     }
-    if (fresh.length > 0) writeJobs(transaction, fresh);
+    if (fresh.length > 0) await writeJobs(transaction, fresh);
     const caching = fresh.filter(({ job }) => job.spec.cache === true).map(({ seq }) => seq);
     if (caching.length > 0) {
       // Their rows are this transaction's own: nobody else can have them locked.
       const unit = new Unit(transaction, settings, new Set());
       await unit.lockJobs(caching);
       await unit.recallJobs(caching);
-      unit.flush();
+      await unit.flush();
     }
-    return { changes: changesOf(fresh), answers };
+    return { changes: changesOf(fresh), answers, made: fresh };
   });
   if (changes === null) return await submitJobs(database, settings, jobs);
+  for (const { seq, id, job } of made) settings.names.learn(seq, id, job.spec.tasks.length);
   return {
     outcomes: outcomes.map(
       (outcome, index) =>
@@ -176,9 +194,14 @@ async function draftJobs(
       filters: task.capability_filters,
       mode: task.mode,
       organizationId,
+      resources: task.resources ?? null,
     })),
   );
   const queueIds = await settings.queues.idsFor(demands);
+  const domains = chosen.flatMap(({ job: { spec } }) => spec.tasks.map(() => spec.domain_id));
+  const laneIds = await settings.queues.lanesFor(
+    queueIds.map((queueId, index) => ({ queueId, domainId: domains[index] ?? '' })),
+  );
   let at = 0;
   return chosen.map(({ job, index }) => {
     const { tasks } = job.spec;
@@ -187,8 +210,8 @@ async function draftJobs(
       index,
       job,
       id: settings.newId(),
-      taskIds: tasks.map(() => settings.newId()),
       queueIds: queueIds.slice(at - tasks.length, at),
+      laneIds: laneIds.slice(at - tasks.length, at),
       specHash:
         job.idempotencyKey === null
           ? ''
@@ -235,44 +258,26 @@ function changesOf(fresh: readonly Draft[]): StoreChange[] {
 }
 
 /** Sends the rows of new jobs. */
-function writeJobs(transaction: Transaction, drafts: readonly (Draft & { readonly seq: number })[]): void {
+async function writeJobs(
+  transaction: Transaction,
+  drafts: readonly (Draft & { readonly seq: number })[],
+): Promise<void> {
   const { now } = transaction;
   const jobs: (string | number | null)[][] = [];
-  const tasks: (readonly [...(string | number | null)[]])[] = [];
+  const texts: (string | number)[][] = [];
+  const tasks = new NewTasks(now);
   const stages: (string | number)[][] = [];
   const edges: number[][] = [];
   const events: (string | number)[][] = [];
-  for (const { job, id, seq, taskIds, queueIds } of drafts) {
+  for (const draft of drafts) {
+    const { job, id, seq } = draft;
     const { spec, organizationId, traceparent = null } = job;
     const graph = stagesOf(spec);
+    const runnable = tasks.add(draft, graph);
+    const lastEvent = 1 + runnable.length;
     const buffer = new EventBuffer();
-    let lastEvent = 1;
     buffer.add(now, 'job.submitted', null, `{"tasks":${spec.tasks.length}}`);
-    const jobDeadline = timeOf(spec.deadline_at);
-    spec.tasks.forEach((task, no) => {
-      const stage = graph.get(task.stage);
-      const notBefore = later(timeOf(spec.not_before ?? null), timeOf(task.not_before ?? null));
-      const state =
-        (stage?.deps ?? 0) > 0 ? 'blocked' : notBefore !== null && notBefore > now ? 'delayed' : 'ready';
-      if (state === 'ready') {
-        buffer.add(now, 'task.runnable', no, '');
-        lastEvent += 1;
-      }
-      tasks.push([
-        seq,
-        no,
-        taskIds[no] ?? '',
-        stage?.no ?? 0,
-        queueIds[no] ?? 0,
-        task.priority,
-        task.max_attempts,
-        earlier(jobDeadline, timeOf(task.deadline_at)),
-        storable(task.label),
-        specText({ ...task, ...(notBefore !== null && { not_before: isoTime(notBefore) }) }),
-        state,
-        notBefore,
-      ]);
-    });
+    for (const no of runnable) buffer.add(now, 'task.runnable', no, '');
     for (const row of buffer.take(lastEvent)) events.push([seq, row.lastSeq, row.count, row.at, row.body]);
     for (const [name, { no, first, last, count, deps }] of graph) {
       stages.push([seq, no, storable(name), first, last, count, deps]);
@@ -285,7 +290,7 @@ function writeJobs(transaction: Transaction, drafts: readonly (Draft & { readonl
       spec.domain_id,
       organizationId,
       spec.priority,
-      jobDeadline,
+      timeOf(spec.deadline_at),
       spec.tasks.length,
       lastEvent,
     ]);
@@ -300,47 +305,125 @@ function writeJobs(transaction: Transaction, drafts: readonly (Draft & { readonl
       ...(spec.redrive_of !== undefined && { redrive_of: spec.redrive_of }),
     };
     if (spec.redrive_of !== undefined) transaction.send(INSERT_REDRIVE, [spec.redrive_of, seq]);
-    transaction.send(INSERT_JOB_SPECS, [
-      seq,
-      [...new Set(spec.tasks.map(({ capability }) => capability))],
-      JSON.stringify(text),
-    ]);
+    const capabilities = [...new Set(spec.tasks.map(({ capability }) => capability))];
+    texts.push([seq, arrayText(capabilities), JSON.stringify(text)]);
   }
   transaction.send(INSERT_JOBS, [
     ...transposed(jobs, 8),
     now,
     drafts.map(({ job }) => String(job.spec.cache === true)),
+    drafts.map(({ job: { traceparent } }) => traceparent ?? null),
   ]);
-  for (let at = 0; at < tasks.length; at += TASKS_PER_STATEMENT) {
-    const part = tasks.slice(at, at + TASKS_PER_STATEMENT);
-    const [
-      seqs,
-      nos,
-      ids,
-      stageNos,
-      queueIds,
-      priorities,
-      attempts,
-      deadlines,
-      labels,
-      specs,
-      states,
-      notBefores,
-    ] = transposed(part, 12);
-    transaction.send(
-      INSERT_TASKS,
-      [seqs, nos, ids, stageNos, queueIds, priorities, attempts, deadlines, labels, specs].map(
-        (c) => c ?? [],
-      ),
-    );
-    transaction.send(OPEN_NEW_TASKS, [
-      ...[seqs, nos, queueIds, priorities, deadlines, states, notBefores].map((c) => c ?? []),
-      now,
-    ]);
-  }
+  transaction.send(INSERT_JOB_SPECS, transposed(texts, 3));
+  await tasks.send(transaction);
   transaction.send(INSERT_EVENTS, transposed(events, 5));
   if (stages.length > 0) transaction.send(INSERT_STAGES, transposed(stages, 7));
   if (edges.length > 0) transaction.send(INSERT_EDGES, transposed(edges, 3));
+}
+
+/** The rows of new tasks: blocks of what was submitted, ranges of what is ready, and a row of its own for what has to wait. */
+class NewTasks {
+  readonly #now: number;
+  readonly #blocks: (string | number)[][] = [];
+  readonly #specs: (string | number)[][] = [];
+  readonly #ranges: [lane: number, rank: number, jobSeq: number, first: number, last: number][] = [];
+  readonly #open: (string | number | null)[][] = [];
+  /** Those of {@link #open} with a limit. */
+  readonly #keyed: (NewKeyed & { readonly row: number })[] = [];
+
+  constructor(now: number) {
+    this.#now = now;
+  }
+
+  /** Those that a node may take at once, by position. */
+  add(
+    { job: { spec }, seq, queueIds, laneIds }: Draft & { readonly seq: number },
+    graph: ReadonlyMap<string, NewStage>,
+  ): number[] {
+    const jobDeadline = timeOf(spec.deadline_at);
+    const jobNotBefore = timeOf(spec.not_before ?? null);
+    const runnable: number[] = [];
+    let lines: string[] = [];
+    spec.tasks.forEach((task, no) => {
+      const stage = graph.get(task.stage);
+      const notBefore = later(jobNotBefore, timeOf(task.not_before ?? null));
+      const deadlineAt = earlier(jobDeadline, timeOf(task.deadline_at));
+      const state =
+        (stage?.deps ?? 0) > 0
+          ? 'blocked'
+          : notBefore !== null && notBefore > this.#now
+            ? 'delayed'
+            : 'ready';
+      if (state === 'ready') runnable.push(no);
+      const text = lineText({
+        id: null,
+        stageNo: stage?.no ?? 0,
+        queueId: queueIds[no] ?? 0,
+        priority: task.priority,
+        maxAttempts: task.max_attempts,
+        deadlineAt,
+        label: task.label,
+        stage: task.stage,
+        inputs_cids: task.inputs_cids,
+        outputs_prefix: task.outputs_prefix,
+        meta: task.meta,
+        ...(notBefore !== null && { not_before: isoTime(notBefore) }),
+        ...(task.concurrency && { concurrency: task.concurrency }),
+      });
+      if (text.length <= MAX_LINE && !task.inputs_cids.some(isStageReference)) lines.push(text);
+      else {
+        lines.push('');
+        this.#specs.push([seq, no, text]);
+      }
+      if (lines.length === BLOCK || no === spec.tasks.length - 1) {
+        this.#blocks.push([seq, blockOf(no), lines.join('\n')]);
+        lines = [];
+      }
+      const lane = laneIds[no] ?? 0;
+      const rank = -task.priority;
+      if (state !== 'ready' || deadlineAt !== null || spec.cache === true || task.concurrency) {
+        if (task.concurrency) {
+          const { key, limit } = task.concurrency;
+          const row = this.#open.length;
+          this.#keyed.push({ domainId: spec.domain_id, key, limit, laneId: lane, row });
+        }
+        const own = [seq, no, lane, rank, deadlineAt, state, notBefore];
+        this.#open.push([...own, stage?.no ?? 0, task.max_attempts]);
+        return;
+      }
+      const last = this.#ranges.at(-1);
+      const goesOn = last?.[0] === lane && last[1] === rank && last[2] === seq && last[4] === no - 1;
+      if (last && goesOn && no % BLOCK !== 0) last[4] = no;
+      else this.#ranges.push([lane, rank, seq, no, no]);
+    });
+    return runnable;
+  }
+
+  async send(transaction: Transaction): Promise<void> {
+    const { ids, keys } = await countIn(transaction, this.#keyed);
+    const keyed = new Map(
+      this.#keyed.map(({ row, limit }, index) => [row, [ids[index] ?? 0, limit] as const]),
+    );
+    const open = this.#open.map((task, row) => [...task, ...(keyed.get(row) ?? [null, null])]);
+    const parts = (rows: readonly (string | number | null)[][], count: number) =>
+      Array.from({ length: Math.ceil(rows.length / count) }, (_, at) =>
+        rows.slice(at * count, (at + 1) * count),
+      );
+    for (const part of parts(this.#blocks, BLOCKS_PER_STATEMENT)) {
+      transaction.send(INSERT_BLOCKS, transposed(part, 3));
+    }
+    for (const part of parts(this.#specs, TASKS_PER_STATEMENT)) {
+      transaction.send(INSERT_SPECS, transposed(part, 3));
+    }
+    for (const part of parts(this.#ranges, TASKS_PER_STATEMENT)) {
+      transaction.send(INSERT_RANGES, [...transposed(part, 5), this.#now]);
+    }
+    for (const part of parts(open, TASKS_PER_STATEMENT)) {
+      const values = transposed(part, 11);
+      transaction.send(OPEN_NEW_TASKS, [...values.slice(0, 9), this.#now, ...values.slice(9)]);
+    }
+    await show(transaction, keys);
+  }
 }
 
 interface NewStage {
@@ -413,7 +496,7 @@ export async function deleteJob(
 ): Promise<{ readonly value: true | null; readonly changes: readonly StoreChange[] }> {
   return await onJob(database, settings, id, async (unit, job) => {
     // Whoever is about to lease one of them has locked it.
-    await unit.openTasks(job.seq);
+    const tasks = await unit.openTasks(job.seq);
     const held = job.leased + job.running;
     if (held > 0) {
       throw new MillraceError(
@@ -421,6 +504,7 @@ export async function deleteJob(
         `job ${id} has ${held} leased task${held === 1 ? '' : 's'}; cancel it and delete it once it has ended`,
       );
     }
+    for (const task of tasks) if (!isFinal(task.state)) unit.forget(task);
     removeJob(unit, job);
     return true as const;
   });
@@ -509,7 +593,7 @@ async function onJob<T>(
   const [found] = await database.rows<{ seq: number }>(JOB_NUMBER, [id]);
   if (!found) return { value: null, changes: [] };
   return await inUnit<T | null>(database, settings, async (unit) => {
-    if (unit.isWide) await unit.lockTasks([], false);
+    if (unit.isWide) await unit.lockTasks(new Map(), false);
     await unit.lockJobs([found.seq]);
     // Deleted since it was looked up.
     if (!unit.knowsJob(found.seq)) return null;

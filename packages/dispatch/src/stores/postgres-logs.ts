@@ -2,16 +2,17 @@
 import { MillraceError } from '@millrace/runner';
 import { isFinal, isHeld } from '../lifecycle.ts';
 import type { TaskState } from '../lifecycle.ts';
+import type { AttemptOutcome } from '../records.ts';
 import type { LogAppend, LogEntry, LogPage, LogQuery, Outcome, StoreChange } from '../store.ts';
+import { taskId as taskIdOf, taskIdsOf } from './ids.ts';
 import { sql } from './postgres-database.ts';
 import type { Database } from './postgres-database.ts';
 import { historyOf, refusalOfLease } from './postgres-leases.ts';
-import { ANY_TASKS, columns } from './postgres-rows.ts';
+import type { Names } from './postgres-names.ts';
+import { columns, endedAt, endingAt, endingOf } from './postgres-rows.ts';
+import type { Place } from './postgres-rows.ts';
 
-interface HeldTask {
-  readonly id: string;
-  readonly jobSeq: number;
-  readonly no: number;
+interface HeldTask extends Place {
   readonly state: TaskState;
   readonly leaseId: string | null;
   readonly nodeId: string | null;
@@ -20,10 +21,10 @@ interface HeldTask {
 
 // Shared: appending to a log keeps nobody from it but those who would end the lease.
 const HOLD_TASKS = sql(`
-  SELECT t.id, o.job_seq AS "jobSeq", o.no, o.state, o.lease_id AS "leaseId", o.node_id AS "nodeId",
+  SELECT o.job_seq AS "jobSeq", o.no, o.state, o.lease_id AS "leaseId", o.node_id AS "nodeId",
     o.attempts + o.node_faults + o.drains AS attempt
-  FROM open_tasks o JOIN tasks t ON t.job_seq = o.job_seq AND t.no = o.no
-  WHERE t.id = ANY($1::text[]) ORDER BY o.job_seq, o.no FOR SHARE OF o`);
+  FROM unnest($1::bigint[], $2::integer[]) AS u (job_seq, no)
+  JOIN open_tasks o ON o.job_seq = u.job_seq AND o.no = u.no ORDER BY o.job_seq, o.no FOR SHARE OF o`);
 const MAKE_LOGS = sql(`
   INSERT INTO task_logs (job_seq, no, attempt, size)
   SELECT u.*, 0 FROM unnest($1::bigint[], $2::integer[], $3::integer[]) AS u (job_seq, no, attempt)
@@ -42,9 +43,11 @@ const INSERT_CHUNKS = sql(`
   SELECT * FROM unnest($1::bigint[], $2::integer[], $3::integer[], $4::bigint[], $5::bytea[])`);
 
 const STANDING = sql(`
-  SELECT t.job_seq AS "jobSeq", t.no, j.id AS "jobId", coalesce(o.state, e.state) AS state, o.leased_at AS "leasedAt",
-    coalesce(o.attempts + o.node_faults + o.drains, e.attempts + e.node_faults + e.drains) AS attempts
-  FROM ${ANY_TASKS} JOIN jobs j ON j.seq = t.job_seq WHERE t.id = $1`);
+  SELECT j.id AS "jobId", coalesce(o.state, e.state, 'ready') AS state, o.leased_at AS "leasedAt",
+    o.attempts + o.node_faults + o.drains AS attempts, ${endingAt('$2::integer')} AS ending,
+    (SELECT a.outcome FROM attempts a WHERE a.job_seq = j.seq AND a.no = $2 ORDER BY a.attempt DESC LIMIT 1) AS outcome
+  FROM jobs j LEFT JOIN open_tasks o ON o.job_seq = j.seq AND o.no = $2
+  LEFT JOIN ended_runs e ON ${endedAt('j.seq', '$2::integer')} WHERE j.seq = $1`);
 const SIZE = sql('SELECT size FROM task_logs WHERE job_seq = $1 AND no = $2 AND attempt = $3');
 // The chunk that holds the first byte begins at or before it.
 const CHUNKS = sql(`
@@ -53,8 +56,8 @@ const CHUNKS = sql(`
       WHERE job_seq = $1 AND no = $2 AND attempt = $3 AND start <= $4), 0)
   ORDER BY start LIMIT $6`);
 const OF_JOB = sql(`
-  SELECT t.id AS "taskId", l.attempt, l.size FROM task_logs l JOIN tasks t ON t.job_seq = l.job_seq AND t.no = l.no
-  WHERE l.job_seq = $1 ORDER BY t.id, l.attempt`);
+  SELECT l.no, i.id AS "keptId", l.attempt, l.size FROM task_logs l
+  LEFT JOIN task_ids i ON i.job_seq = l.job_seq AND i.no = l.no WHERE l.job_seq = $1 ORDER BY l.no, l.attempt`);
 const JOB_NUMBER = sql('SELECT seq FROM jobs WHERE id = $1');
 
 /** Chunks read at once; most are a few hundred bytes. */
@@ -67,16 +70,27 @@ export interface AppendCall {
 
 export async function appendLogs(
   database: Database,
+  names: Names,
   calls: readonly AppendCall[],
 ): Promise<{
   readonly outcomes: Outcome<{ readonly nextOffset: number }>[][];
   readonly changes: readonly StoreChange[];
 }> {
   const ids = [...new Set(calls.flatMap(({ items }) => items.map(({ taskId }) => taskId)))];
+  const places = await names.find(ids);
   return await database.transaction('lane', async (transaction) => {
-    const held = new Map(
-      (await transaction.rows<HeldTask>(HOLD_TASKS, [ids])).map((task) => [task.id, task]),
+    const found = columns<Place, number>(
+      [...places.values()],
+      ({ jobSeq }) => jobSeq,
+      ({ no }) => no,
     );
+    const rows = new Map(
+      (await transaction.rows<HeldTask>(HOLD_TASKS, found)).map((task) => [
+        `${task.jobSeq}:${task.no}`,
+        task,
+      ]),
+    );
+    const held = new Map([...places].map(([id, { jobSeq, no }]) => [id, rows.get(`${jobSeq}:${no}`)]));
     const taskOf = ({ taskId, nodeId, leaseId }: LogAppend): HeldTask | undefined => {
       const task = held.get(taskId);
       if (!task || !isHeld(task.state) || task.nodeId !== nodeId) return undefined;
@@ -85,7 +99,7 @@ export async function appendLogs(
     const items = calls.flatMap((call) => call.items);
     const writable = [...new Set(items.flatMap((item) => taskOf(item) ?? []))];
     const strangers = new Set(items.filter((item) => !taskOf(item)).map(({ taskId }) => taskId));
-    const history = await historyOf(transaction, strangers);
+    const history = await historyOf(transaction, places, strangers);
     const keys = columns<HeldTask, number>(
       writable,
       ({ jobSeq }) => jobSeq,
@@ -142,8 +156,8 @@ export async function appendLogs(
         ),
       );
     }
-    const changes: StoreChange[] =
-      grown.length === 0 ? [] : [{ kind: 'logs', taskIds: grown.map(({ id }) => id) }];
+    const taskIds = [...held].flatMap(([id, task]) => (task && grown.includes(task) ? [id] : []));
+    const changes: StoreChange[] = taskIds.length === 0 ? [] : [{ kind: 'logs', taskIds }];
     return { outcomes, changes };
   });
 }
@@ -175,20 +189,28 @@ function refusalOfAppend(
 /** @throws MillraceError as {@link Store.readLogs} */
 export async function readLogs(
   database: Database,
+  names: Names,
   { taskId, attempt: wanted, offset, limit }: LogQuery,
 ): Promise<LogPage | null> {
+  const place = (await names.find([taskId])).get(taskId);
+  if (!place) return null;
+  const { jobSeq, no } = place;
   type Row = {
-    jobSeq: number;
-    no: number;
     jobId: string;
     state: TaskState;
     leasedAt: number | null;
-    attempts: number;
+    attempts: number | null;
+    ending: string | null;
+    outcome: AttemptOutcome | null;
   };
-  const [task] = await database.rows<Row>(STANDING, [taskId]);
+  const [task] = await database.rows<Row>(STANDING, [jobSeq, no]);
   if (!task) return null;
-  const { jobSeq, no, jobId, attempts } = task;
+  const { jobId } = task;
+  const ended = task.ending === null ? null : endingOf(task.ending, task.state, 0);
+  const attempts = ended ? ended.attempts + ended.nodeFaults + ended.drains : (task.attempts ?? 0);
   const final = isFinal(task.state);
+  // More may still come from the node whose lease expired.
+  const lapsed = !final && task.leasedAt === null && task.outcome === 'expired';
   const attempt = wanted ?? Math.max(1, attempts);
   if (wanted !== null && wanted > attempts + (final ? 0 : 1)) {
     throw new MillraceError(
@@ -212,7 +234,7 @@ export async function readLogs(
     offset: from,
     bytes: await bytesOf(database, [jobSeq, no, attempt], from, Math.min(size, from + limit)),
     size,
-    ended: final || attempt < attempts || (attempt === attempts && task.leasedAt === null),
+    ended: final || attempt < attempts || (attempt === attempts && task.leasedAt === null && !lapsed),
     final,
   };
 }
@@ -245,6 +267,10 @@ async function bytesOf(
 export async function listLogs(database: Database, jobId: string): Promise<LogEntry[] | null> {
   const [job] = await database.rows<{ seq: number }>(JOB_NUMBER, [jobId]);
   if (!job) return null;
-  const logs = await database.rows<LogEntry>(OF_JOB, [job.seq]);
-  return logs.filter(({ size }) => size > 0);
+  type Row = Omit<LogEntry, 'taskId'> & { readonly no: number; readonly keptId: string | null };
+  const logs = await database.rows<Row>(OF_JOB, [job.seq]);
+  const ids = taskIdsOf(jobId);
+  return logs
+    .filter(({ size }) => size > 0)
+    .map(({ no, keptId, attempt, size }) => ({ taskId: keptId ?? taskIdOf(ids, no), attempt, size }));
 }

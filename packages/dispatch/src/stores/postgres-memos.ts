@@ -11,7 +11,7 @@ import type { ReportedArtifact } from '../memo.ts';
 import { sql } from './postgres-database.ts';
 import type { Transaction } from './postgres-database.ts';
 import type { Queues } from './postgres-queues.ts';
-import { columns, specOf } from './postgres-rows.ts';
+import { columns, endedAt, endingAt, endingOf, lineOf, specAt, taskIdOf } from './postgres-rows.ts';
 import type { Job, Task } from './postgres-rows.ts';
 
 interface Item {
@@ -29,13 +29,31 @@ type MemoOutput = readonly [id: string, digest: string];
 /** An earlier completion of equal work. */
 interface Memo {
   readonly key: string;
-  readonly kept: string;
+  readonly kept: readonly MemoOutput[];
   readonly taskId: string;
   readonly jobId: string;
-  readonly spec: string;
+  readonly prefix: string | null;
   readonly nodeId: string;
-  readonly outputs: string;
-  readonly meta: string;
+  readonly outputs: readonly string[];
+  readonly meta: Json;
+}
+
+type StoredMemo = Pick<Job, 'id' | 'ownTaskIds'> &
+  Readonly<Record<'key' | 'kept' | 'spec' | 'ending', string>> & { readonly no: number };
+
+function memoOf(row: StoredMemo): Memo {
+  const line = lineOf(row);
+  const { completion } = endingOf(row.ending, 'completed', 0);
+  return {
+    key: row.key,
+    kept: JSON.parse(row.kept) as MemoOutput[],
+    taskId: taskIdOf(row, row.no, () => line),
+    jobId: row.id,
+    prefix: line.outputs_prefix,
+    nodeId: completion?.nodeId ?? '',
+    outputs: completion?.outputs ?? [],
+    meta: completion?.meta ?? null,
+  };
 }
 
 /** How a task ends that was done before. `outputs` and `meta` are JSON. */
@@ -50,15 +68,12 @@ export interface Recalled {
 
 const ITEM_COLUMNS = `d.id, d.domain_id AS "domainId", d.name, d.data_type AS "dataType", d.digest, d.size,
   d.updated_at AS "updatedAt"`;
-const SPECS = sql(`
-  SELECT t.id, t.spec FROM unnest($1::bigint[], $2::integer[]) AS u (job_seq, no)
-  JOIN tasks t ON t.job_seq = u.job_seq AND t.no = u.no`);
 const ITEMS = sql(`SELECT ${ITEM_COLUMNS} FROM data d WHERE d.id = ANY($1::text[]) ORDER BY d.id FOR SHARE`);
 const MEMOS = sql(`
-  SELECT m.key, m.outputs AS kept, t.id AS "taskId", j.id AS "jobId", t.spec, a.node_id AS "nodeId", a.outputs, a.meta
-  FROM memos m JOIN tasks t ON t.job_seq = m.job_seq AND t.no = m.no JOIN jobs j ON j.seq = m.job_seq
-  JOIN attempts a ON a.job_seq = m.job_seq AND a.no = m.no AND a.outcome = 'completed'
-  WHERE m.key = ANY($1::text[])`);
+  SELECT m.key, m.no, m.outputs AS kept, j.id, j.own_task_ids AS "ownTaskIds", ${specAt('m.job_seq', 'm.no')} AS spec,
+    ${endingAt('m.no')} AS ending
+  FROM memos m JOIN jobs j ON j.seq = m.job_seq JOIN ended_runs e ON ${endedAt('m.job_seq', 'm.no')}
+  WHERE m.key = ANY($1::text[]) AND e.state = 'completed'`);
 // Sorted, so that two dispatchers that keep the same results wait for each other in one order.
 const KEEP = sql(`
   INSERT INTO memos (key, job_seq, no, outputs)
@@ -80,6 +95,7 @@ export interface MemoSettings {
 
 interface Wanted {
   readonly task: Task;
+  readonly id: string;
   readonly job: Job;
 }
 
@@ -102,20 +118,6 @@ export class Memos {
     this.#settings = settings;
   }
 
-  async loadSpecs(tasks: readonly Task[]): Promise<void> {
-    const without = new Map(tasks.filter(({ spec }) => !spec).map((task) => [task.id, task]));
-    if (without.size === 0) return;
-    const keys = columns<Task, number>(
-      [...without.values()],
-      ({ jobSeq }) => jobSeq,
-      ({ no }) => no,
-    );
-    for (const { id, spec } of await this.#transaction.rows<{ id: string; spec: string }>(SPECS, keys)) {
-      const task = without.get(id);
-      if (task) task.spec = spec;
-    }
-  }
-
   /** Locks these data items as they are and reads them. */
   async loadItems(ids: readonly string[]): Promise<void> {
     const unknown = [...new Set(ids)].filter((id) => !this.#looked.has(id) && !id.includes('\0'));
@@ -128,7 +130,7 @@ export class Memos {
    * Keeps a completion, if it is of the kind that can be given again: the task takes part, nobody changed its inputs since it
    * was leased, and all it made are items under names of its own. Spec and items were loaded.
    */
-  record(job: Job, task: Task, outputs: readonly string[], meta: Json): void {
+  record(job: Job, task: Task, id: string, outputs: readonly string[], meta: Json): void {
     const key = this.#keyOf(job, task, task.leasedAt ?? 0);
     if (key === null) return;
     const artifacts = reportedArtifacts(meta);
@@ -136,11 +138,11 @@ export class Memos {
     for (const artifact of artifacts ?? []) if (artifact.id !== null) made.set(artifact.id, artifact);
     if (artifacts === null || made.size !== artifacts.length || made.size !== outputs.length) return;
     const kept: MemoOutput[] = [];
-    for (const id of outputs) {
-      const item = this.#itemOf(job, id);
-      const artifact = made.get(id);
-      if (!item || !artifact || item.name !== artifact.name || !item.name.endsWith(`_${task.id}`)) return;
-      kept.push([id, item.digest]);
+    for (const output of outputs) {
+      const item = this.#itemOf(job, output);
+      const artifact = made.get(output);
+      if (!item || !artifact || item.name !== artifact.name || !item.name.endsWith(`_${id}`)) return;
+      kept.push([output, item.digest]);
     }
     this.#fresh.set(key, { task, outputs: JSON.stringify(kept) });
   }
@@ -164,38 +166,34 @@ export class Memos {
 
   /** The results of equal tasks for those that were done before, their items copied. The rest has to be done. */
   async recall(tasks: readonly Wanted[]): Promise<Recalled[]> {
-    const taking = tasks.filter(({ task }) => memoCode(specOf(task.spec).meta) !== null);
+    const taking = tasks.filter(({ task }) => memoCode(lineOf(task).meta) !== null);
     if (taking.length === 0) return [];
     await Promise.all([
-      this.loadItems(taking.flatMap(({ task }) => specOf(task.spec).inputs_cids)),
-      this.#settings.queues.load(taking.map(({ task }) => task.queueId)),
+      this.loadItems(taking.flatMap(({ task }) => lineOf(task).inputs_cids)),
+      this.#settings.queues.load(taking.map(({ task }) => lineOf(task).queueId)),
     ]);
     this.flush();
     const asked = taking.flatMap((wanted) => {
       const key = this.#keyOf(wanted.job, wanted.task, Infinity);
       return key === null ? [] : [{ ...wanted, key }];
     });
+    const keys = [...new Set(asked.map(({ key }) => key))];
     const memos = new Map(
-      (await this.#transaction.rows<Memo>(MEMOS, [[...new Set(asked.map(({ key }) => key))]])).map((memo) => [
-        memo.key,
-        memo,
-      ]),
+      (await this.#transaction.rows<StoredMemo>(MEMOS, [keys])).map((row) => [row.key, memoOf(row)]),
     );
-    const kept = (memo: Memo): MemoOutput[] => JSON.parse(memo.kept) as MemoOutput[];
-    await this.loadItems([...memos.values()].flatMap((memo) => kept(memo).map(([id]) => id)));
-    const plans = asked.flatMap(({ task, job, key }) => {
+    await this.loadItems([...memos.values()].flatMap(({ kept }) => kept.map(([id]) => id)));
+    const plans = asked.flatMap(({ key, ...wanted }) => {
       const memo = memos.get(key);
-      if (!memo) return [];
-      return [{ task, job, key, copies: this.#planCopies(task, job, memo, kept(memo)), memo }];
+      return memo ? [{ wanted, key, memo, copies: this.#planCopies(wanted, memo) }] : [];
     });
     const copies = plans.flatMap((plan) => plan.copies?.copies ?? []);
     const made = await this.#copy(copies);
     const stale = new Set<string>();
     const spare: string[] = [];
     const recalled: Recalled[] = [];
-    for (const { task, job, key, memo, copies: planned } of plans) {
+    for (const { wanted, key, memo, copies: planned } of plans) {
       if (planned?.copies.every(({ id }) => made.has(id))) {
-        recalled.push(recalledOf(task, job, key, memo, planned));
+        recalled.push(recalledOf(wanted, key, memo, planned));
         continue;
       }
       // What it named is gone or has changed: so it will be for everyone.
@@ -207,11 +205,11 @@ export class Memos {
     return recalled;
   }
 
-  #planCopies(task: Task, job: Job, memo: Memo, kept: readonly MemoOutput[]): Planned | null {
-    const artifacts = reportedArtifacts(JSON.parse(memo.meta) as Json);
+  #planCopies({ task, id: taskId, job }: Wanted, memo: Memo): Planned | null {
+    const artifacts = reportedArtifacts(memo.meta);
     if (artifacts === null) return null;
     const items = new Map<string, Item>();
-    for (const [id, digest] of kept) {
+    for (const [id, digest] of memo.kept) {
       const item = this.#itemOf(job, id);
       if (item?.digest !== digest) return null;
       items.set(id, item);
@@ -226,8 +224,8 @@ export class Memos {
       if (!item) return null;
       const { logicalPath, name } = memoTarget(
         artifact,
-        { taskId: memo.taskId, prefix: specOf(memo.spec).outputs_prefix },
-        { taskId: task.id, prefix: specOf(task.spec).outputs_prefix },
+        { taskId: memo.taskId, prefix: memo.prefix },
+        { taskId, prefix: lineOf(task).outputs_prefix },
       );
       const id = this.#settings.newId();
       planned.copies.push({ id, name, jobId: job.id, item });
@@ -268,7 +266,7 @@ export class Memos {
 
   /** Null when the task does not take part, or an input is none of the domain's items, or was changed after `sinceMs`. */
   #keyOf(job: Job, task: Task, sinceMs: number): string | null {
-    const spec = specOf(task.spec);
+    const spec = lineOf(task);
     const code = memoCode(spec.meta);
     if (code === null) return null;
     const inputs: string[] = [];
@@ -277,7 +275,7 @@ export class Memos {
       if (!item || item.updatedAt > sinceMs) return null;
       inputs.push(item.digest);
     }
-    const { capability, mode, filters } = this.#settings.queues.get(task.queueId);
+    const { capability, mode, filters } = this.#settings.queues.get(spec.queueId);
     return memoKey(code, { domainId: job.domainId, capability, mode, filters, meta: spec.meta, inputs });
   }
 }
@@ -289,14 +287,14 @@ interface Planned {
   readonly ids: ReadonlyMap<string, string>;
 }
 
-function recalledOf(task: Task, job: Job, key: string, memo: Memo, { reported, ids }: Planned): Recalled {
+function recalledOf(
+  { task, id, job }: Wanted,
+  key: string,
+  memo: Memo,
+  { reported, ids }: Planned,
+): Recalled {
   const from = { taskId: memo.taskId, jobId: memo.jobId };
-  const outputs = (JSON.parse(memo.outputs) as string[]).map((id) => ids.get(id) ?? id);
-  const meta = memoReport(
-    JSON.parse(memo.meta) as Json,
-    { id: task.id, jobId: job.id },
-    { ...from, key },
-    reported,
-  );
+  const outputs = memo.outputs.map((output) => ids.get(output) ?? output);
+  const meta = memoReport(memo.meta, { id, jobId: job.id }, { ...from, key }, reported);
   return { task, nodeId: memo.nodeId, outputs: JSON.stringify(outputs), meta: JSON.stringify(meta), from };
 }

@@ -15,21 +15,29 @@ import {
   tooManyNonces,
   walletTaken,
 } from './node-rules.ts';
+import { Usage } from './fitting.ts';
 import { isDuplicate } from './postgres-errors.ts';
+import type { Queues } from './postgres-queues.ts';
 import { NODE_COLUMNS, nodeOf, storable } from './postgres-rows.ts';
 import type { StoredNode } from './postgres-rows.ts';
 
-type HeldNode = StoredNode & { readonly held: number };
+/** With the demands of what it holds as pairs of a lane and a number of tasks. */
+type HeldNode = StoredNode & { readonly held: readonly Held[] };
+type Held = readonly [laneId: number, count: number];
 
-const HELD = '(SELECT count(*) FROM open_tasks o WHERE o.node_id = n.id) AS held';
+const heldBy = (node: string): string => `coalesce((
+  SELECT json_agg(json_build_array(h.lane_id, h.count)) FROM (
+    SELECT o.lane_id, count(*) AS count FROM open_tasks o WHERE o.node_id = ${node} GROUP BY o.lane_id) AS h), '[]') AS held`;
+const HELD = heldBy('n.id');
 const INSERT_NODE = sql(`
   INSERT INTO nodes AS n (id, name, mode, organization_id, secret_hash, created_at) VALUES ($1, $2, $3, $4, $5, millis($6))
   RETURNING ${NODE_COLUMNS}`);
 const LOCK_NODE = sql(`SELECT ${NODE_COLUMNS} FROM nodes n WHERE n.id = $1 FOR NO KEY UPDATE`);
-const HELD_BY = sql('SELECT count(*) AS held FROM open_tasks WHERE node_id = $1');
+const HELD_BY = sql(`SELECT ${heldBy('$1')}`);
 const OWNER = sql('SELECT id FROM nodes WHERE wallet = $1');
 const REGISTER = sql(`
-  UPDATE nodes AS n SET wallet = $2, capabilities = $3, labels = $4, version = $5, max_concurrency = $6, registered_at = $7
+  UPDATE nodes AS n SET wallet = $2, capabilities = $3, labels = $4, version = $5, max_concurrency = $6, registered_at = $7,
+    resources = $8
   WHERE n.id = $1 RETURNING ${NODE_COLUMNS}`);
 const BY_ID = sql(`SELECT ${NODE_COLUMNS}, ${HELD} FROM nodes n WHERE n.id = $1`);
 const BY_WALLET = sql(`SELECT ${NODE_COLUMNS}, ${HELD} FROM nodes n WHERE n.wallet = $1`);
@@ -50,10 +58,12 @@ const MAKE_SETTING = sql('INSERT INTO settings (name, value) VALUES ($1, $2) ON 
 
 export class Nodes {
   readonly #database: Database;
+  readonly #queues: Queues;
   readonly #newId: () => string;
 
-  constructor(database: Database, newId: () => string) {
+  constructor(database: Database, queues: Queues, newId: () => string) {
     this.#database = database;
+    this.#queues = queues;
     this.#newId = newId;
   }
 
@@ -80,20 +90,20 @@ export class Nodes {
 
   /** @throws MillraceError `unauthenticated`, `already_exists`, `invalid_argument` */
   async register(registration: NodeRegistration): Promise<NodeRecord> {
-    const { nodeId, capabilities, labels, version } = registration;
+    const { nodeId, capabilities, labels, version, resources = null } = registration;
     const asked = registration.wallet.toLowerCase();
     return await this.#database.transaction('call', async (transaction) => {
       const [[row], [lease], [owner]] = await Promise.all([
         transaction.rows<StoredNode>(LOCK_NODE, [nodeId]),
         // After the lock: a lease for this node needs it too.
-        transaction.rows<{ held: number }>(HELD_BY, [nodeId]),
+        transaction.rows<{ held: readonly Held[] }>(HELD_BY, [nodeId]),
         transaction.rows<{ id: string }>(OWNER, [asked]),
       ]);
-      const held = lease?.held ?? 0;
+      const held = lease?.held ?? [];
       const { node, wallet, maxConcurrency } = judgeRegistration(registration, {
         node: row,
         ownerId: owner?.id,
-        activeLeases: held,
+        activeLeases: countOf(held),
         now: transaction.now,
       });
       try {
@@ -105,8 +115,9 @@ export class Nodes {
           storable(version),
           maxConcurrency,
           transaction.now,
+          resources === null ? null : JSON.stringify(resources),
         ]);
-        return nodeRecord(nodeOf(registered ?? node), held);
+        return await this.#recordOf({ ...(registered ?? node), held });
       } catch (error) {
         // Registered by another dispatcher since it was looked up.
         throw isDuplicate(error, 'nodes_wallet') ? walletTaken(wallet) : error;
@@ -116,17 +127,27 @@ export class Nodes {
 
   async get(id: string): Promise<NodeRecord | null> {
     const [row] = await this.#database.rows<HeldNode>(BY_ID, [id]);
-    return row ? nodeRecord(nodeOf(row), row.held) : null;
+    return row ? await this.#recordOf(row) : null;
   }
 
   async byWallet(wallet: string): Promise<NodeRecord | null> {
     const [row] = await this.#database.rows<HeldNode>(BY_WALLET, [wallet.toLowerCase()]);
-    return row ? nodeRecord(nodeOf(row), row.held) : null;
+    return row ? await this.#recordOf(row) : null;
   }
 
   async list(): Promise<NodeRecord[]> {
     const rows = await this.#database.rows<HeldNode>(ALL, []);
-    return rows.map((row) => nodeRecord(nodeOf(row), row.held));
+    return await Promise.all(rows.map((row) => this.#recordOf(row)));
+  }
+
+  async #recordOf({ held, ...row }: HeldNode): Promise<NodeRecord> {
+    const node = nodeOf(row);
+    const usage = new Usage(node.resources ?? {});
+    if (node.resources != null) {
+      await this.#queues.loadLanes(held.map(([laneId]) => laneId));
+      for (const [laneId, count] of held) usage.add(this.#queues.lane(laneId).queue.resources, count);
+    }
+    return nodeRecord(node, countOf(held), usage.taken());
   }
 
   async touch(id: string): Promise<void> {
@@ -179,4 +200,8 @@ export class Nodes {
     if (!kept) throw new MillraceError('internal', `setting ${name} was not kept`);
     return kept;
   }
+}
+
+function countOf(held: readonly Held[]): number {
+  return held.reduce((sum, [, count]) => sum + count, 0);
 }

@@ -2,10 +2,11 @@ import { createServer } from 'node:net';
 import { once } from 'node:events';
 import { MillraceError, describeError } from '@millrace/runner';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import { PostgresServer, withoutPostgres } from '../postgres.test.support.ts';
+import { PostgresServer, miscounts, withoutPostgres } from '../postgres.test.support.ts';
+import { readMigrations } from './migrations.ts';
 import { openPostgresStore } from './postgres.ts';
 import type { PostgresStoreOptions } from './postgres.ts';
-import { Scene } from './suite.ts';
+import { Scene, refOf } from './suite.ts';
 
 /** The error an open ends with, and everything that could be said about it. */
 async function refusal(
@@ -119,6 +120,121 @@ describe.skipIf(withoutPostgres())('a real server', () => {
     expect(await refusal({ url: server.url(database) })).toMatchObject({
       code: 'failed_precondition',
       message: expect.stringMatching(/different migration 0001-initial\.sql/),
+    });
+  });
+
+  describe('a database that was last used when each task was a row', () => {
+    const ID = (part: string): string => `0192f000-0000-7000-8000-${part.padStart(12, '0')}`;
+    const DOMAIN = ID('d0');
+    const AT = 1_800_000_000_000;
+
+    /** The tables as they were then, with two jobs of `count` tasks and one in two stages. */
+    async function earlier(count: number): Promise<string> {
+      const database = await server.createDatabase({ empty: true });
+      const client = (text: string, values: unknown[] = []) => server.query(database, text, values);
+      await client(
+        'CREATE SCHEMA millrace; CREATE TABLE millrace.migrations (id integer PRIMARY KEY, name text NOT NULL, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())',
+      );
+      for (const { id, name, checksum, sql } of readMigrations('postgres').slice(0, 2)) {
+        await client(`SET search_path = millrace; ${sql}`);
+        await client('INSERT INTO millrace.migrations VALUES ($1, $2, $3)', [id, name, checksum]);
+      }
+      await client(`
+        SET search_path = millrace;
+        INSERT INTO queues (key, capability, filters, mode, organization_id) VALUES ('k', '/test/work/v1', '{}', 'public', 'org-1');
+        INSERT INTO jobs (seq, id, domain_id, organization_id, priority, created_at, task_count, cache, status, updated_at, last_event,
+          queued, leased, running, completed, failed, canceled)
+        VALUES (1, '${ID('1')}', '${DOMAIN}', 'org-1', 0, ${AT}, ${count}, false, 'running', ${AT}, 2, ${count - 4}, 0, 1, 1, 1, 1),
+          (2, '${ID('2')}', '${DOMAIN}', 'org-1', 0, ${AT}, 2, false, 'running', ${AT}, 0, 1, 0, 1, 0, 0, 0);
+        SELECT setval('job_numbers', 2);
+        INSERT INTO job_specs VALUES (1, '{/test/work/v1}', '{"label":"one","meta":{"edges":[],"traceparent":"no"},"edges":[],"traceparent":"00-yes"}'),
+          (2, '{/test/work/v1}', '{"label":"two","meta":{},"edges":[{"from":"a","to":"b"}]}');
+        INSERT INTO tasks SELECT 1, i, 'task-' || i, 0, 1, i % 2, 3, NULL, 't' || i,
+          json_build_array('t' || i, 't' || i, '[]'::json, NULL, CASE i WHEN 5 THEN json_build_object('t', repeat('x', 2000)) ELSE '{"n":"\\u0000"}' END)
+          FROM generate_series(0, ${count - 1}) AS i;
+        INSERT INTO open_tasks (job_seq, no, queue_id, rank, state, attempts, node_faults, drains, updated_at)
+          SELECT 1, i, 1, - (i % 2), 'ready', 0, 0, 0, ${AT} FROM generate_series(4, ${count - 1}) AS i;
+        INSERT INTO open_tasks (job_seq, no, queue_id, rank, state, wake_at, attempts, node_faults, drains, lease_id, node_id,
+          leased_at, lease_expires_at, updated_at)
+          VALUES (1, 0, 1, 0, 'running', ${AT * 2}, 2, 0, 0, 'lease-0', 'node', ${AT}, ${AT * 2}, ${AT}),
+            (2, 0, 1, 0, 'running', ${AT * 2}, 1, 0, 0, 'lease-a', 'node', ${AT}, ${AT * 2}, ${AT});
+        INSERT INTO attempts VALUES
+          (1, 0, 1, 'lease-was', 'node', 'failed', '[]', '{"why":"x"}', 'broke', ${AT}, ${AT}),
+          (1, 1, 1, 'lease-1', 'node', 'completed', '["out"]', '{"z":"\\u0000"}', NULL, ${AT - 5}, ${AT}),
+          (1, 2, 1, 'lease-2', 'node', 'failed', '[]', 'null', 'gone', ${AT}, ${AT});
+        INSERT INTO ended_tasks (job_seq, no, state, attempts, node_faults, drains, updated_at, reason) VALUES
+          (1, 1, 'completed', 1, 0, 0, ${AT}, NULL), (1, 2, 'failed', 1, 0, 0, ${AT}, 'he said "no"'),
+          (1, 3, 'canceled', 0, 0, 0, ${AT}, NULL);
+        INSERT INTO events VALUES (1, 2, 2, ${AT}, '[[0,0,-1,{"tasks":${count}}],[5,7,1,{"node_id":"node","attempt":1,"lease_id":"lease-1"}]]');
+        INSERT INTO stages VALUES (2, 1, 'a', 0, 0, 1, 0), (2, 2, 'b', 1, 1, 1, 1);
+        INSERT INTO stage_edges VALUES (2, 1, 2);
+        INSERT INTO tasks VALUES (2, 0, 'task-a', 1, 1, 0, 3, NULL, 'a', '["a","a",[],null,{}]'),
+          (2, 1, 'task-b', 2, 1, 0, 3, NULL, 'b', '["b","b",["stage:a"],null,{}]');
+        INSERT INTO open_tasks (job_seq, no, queue_id, rank, state, attempts, node_faults, drains, updated_at)
+          VALUES (2, 1, 1, 0, 'blocked', 0, 0, 0, ${AT});
+        INSERT INTO writers (id, serial, at, queued, running, completed, failed, canceled, jobs_running)
+          VALUES ('w', 1, ${AT}, ${count - 3}, 2, 1, 1, 1, 2)`);
+      return database;
+    }
+
+    test('has all it had, and goes on', async () => {
+      const database = await earlier(150);
+      await using store = await openPostgresStore({ url: server.url(database) });
+      expect(await miscounts(server, database)).toEqual([]);
+      const detail = await store.getJob(ID('1'));
+      expect(detail?.tasks.map(({ id }) => id)).toEqual(Array.from({ length: 150 }, (_, no) => `task-${no}`));
+      expect(detail?.tasks.slice(0, 6).map(({ status, reason }) => [status, reason])).toEqual([
+        ['running', null],
+        ['completed', null],
+        ['failed', 'he said "no"'],
+        ['canceled', null],
+        ['queued', null],
+        ['queued', null],
+      ]);
+      expect(detail?.tasks[5]).toMatchObject({ label: 't5', priority: 1, meta: { t: 'x'.repeat(2000) } });
+      expect(detail?.tasks[1]).toMatchObject({ output_cids: ['out'], meta: { n: '\0' } });
+      expect(detail?.receipts.map(({ id, outcome, meta }) => [id, outcome, meta])).toEqual([
+        ['lease-was', 'failed', { why: 'x' }],
+        ['lease-1', 'completed', { z: '\0' }],
+        ['lease-2', 'failed', null],
+      ]);
+      expect((await store.events(ID('1'), 0, 10))?.map(({ task_id, data }) => [task_id, data])).toEqual([
+        [null, { tasks: 150 }],
+        ['task-1', { node_id: 'node', attempt: 1, lease_id: 'lease-1' }],
+      ]);
+      const dead = { domainId: null, jobId: null, capability: '/test/work/v1', limit: 9, cursor: null };
+      expect((await store.deadTasks(dead)).items.map(({ id }) => id)).toEqual(['task-2']);
+
+      // Leases of then are current, and their endings repeated are harmless.
+      const ref = (taskId: string, leaseId: string) => ({ taskId, leaseId, nodeId: 'node' });
+      const done = { outputCids: ['made'], meta: null };
+      for (const lease of [ref('task-0', 'lease-0'), ref('task-a', 'lease-a'), ref('task-1', 'lease-1')]) {
+        expect((await store.complete([{ ...lease, ...done }]))[0]).toMatchObject({ ok: true });
+      }
+      const scene = new Scene(store);
+      const node = await scene.node({ max: 1000 });
+      const leases = await scene.lease(node, 1000);
+      expect(leases).toHaveLength(147);
+      expect(leases.slice(0, 2).map(({ task }) => task.id)).toEqual(['task-5', 'task-7']);
+      expect(leases.find(({ task }) => task.id === 'task-5')?.traceparent).toBe('00-yes');
+      expect(leases.find(({ task }) => task.id === 'task-b')?.task.inputs_cids).toEqual(['made']);
+      await store.complete(leases.map((lease) => ({ ...refOf(lease), ...done })));
+      expect((await store.getJob(ID('2')))?.job.status).toBe('completed');
+      expect((await store.getTask('task-149'))?.status).toBe('completed');
+      expect(await miscounts(server, database)).toEqual([]);
+      expect([await store.deleteJob(ID('1')), await store.deleteJob(ID('2'))]).toEqual([true, true]);
+      expect(await store.getTask('task-149')).toBeNull();
+      for (const table of [
+        'task_ids',
+        'task_blocks',
+        'task_specs',
+        'ended_runs',
+        'attempts',
+        'open_tasks',
+        'fresh',
+      ]) {
+        expect([table, await server.query(database, `SELECT 1 FROM millrace.${table}`)]).toEqual([table, []]);
+      }
     });
   });
 

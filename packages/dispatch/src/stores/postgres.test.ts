@@ -1,7 +1,7 @@
 import { seededRandom } from '@millrace/runner/testing';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { PostgresServer, miscounts, withoutPostgres } from '../postgres.test.support.ts';
-import type { Store, StoreChange } from '../store.ts';
+import type { GrantedLease, Store, StoreChange } from '../store.ts';
 import { modelTest } from './model-suite.ts';
 import { openPostgresStore } from './postgres.ts';
 import { Scene, jobOf, refOf, storeSuite, valueOf } from './suite.ts';
@@ -82,6 +82,53 @@ describe.skipIf(withoutPostgres())('over a real server', () => {
       expect((await two.stats()).tasks).toMatchObject({ queued: 0, running: 400 });
     });
 
+    test('of one that gives expired tasks away and one that hears of their nodes again, each task is with one', async () => {
+      await using quick = await openPostgresStore({ url: server.url(database), leaseTtlMs: 1 });
+      await using slow = await openPostgresStore({ url: server.url(database), leaseTtlMs: 600_000 });
+      const [here, there] = [new Scene(quick), new Scene(slow)];
+      const [node, other] = [await here.node(), await there.node()];
+      const totals = { resumed: 0, taken: 0 };
+      // Who is first is left to chance; at least six times, and until either was.
+      for (
+        let round = 0;
+        round < 6 || (round < 60 && Math.min(totals.resumed, totals.taken) === 0);
+        round += 1
+      ) {
+        const jobId = await here.submit(Array.from({ length: 24 }, (_, index) => ({ label: `${index}` })));
+        const leases = await here.lease(node, 24);
+        expect(leases).toHaveLength(24);
+        let rescued = 0;
+        while (rescued < 24) ({ rescued } = { rescued: rescued + (await quick.sweep()).rescued });
+        const writeUnder = async (lease: GrantedLease, index: number): Promise<boolean> => {
+          const ref = refOf(lease);
+          if (index % 3 === 0) return (await slow.heartbeat([{ ...ref, progress: null, events: [] }]))[0]!.ok;
+          if (index % 3 === 1) {
+            return (await slow.appendLogs([{ ...ref, offset: 0, bytes: Buffer.from('x\n') }], 100))[0]!.ok;
+          }
+          return (await there.complete(ref)) === 'ok';
+        };
+        const take = async (): Promise<readonly GrantedLease[]> =>
+          (await Promise.all(Array.from({ length: 8 }, () => there.lease(other, 3)))).flat();
+        const taking = round % 2 === 0 ? take() : null;
+        const [kept, taken] = await Promise.all([Promise.all(leases.map(writeUnder)), taking ?? take()]);
+        const mine = new Set(leases.filter((_, index) => kept[index]).map(({ task }) => task.id));
+        expect(taken.filter(({ task }) => mine.has(task.id))).toEqual([]);
+        totals.resumed += mine.size;
+        totals.taken += taken.length;
+        for (const lease of [...leases, ...taken]) await there.complete(refOf(lease));
+        const rest = await there.lease(other, 24);
+        for (const lease of rest) expect(await there.complete(refOf(lease))).toBe('ok');
+        const { job, receipts } = await there.job(jobId);
+        expect(job.status).toBe('completed');
+        const done = receipts.filter(({ outcome }) => outcome === 'completed');
+        expect(new Set(done.map(({ task_id }) => task_id)).size).toBe(24);
+        expect(done).toHaveLength(24);
+      }
+      expect(totals.resumed).toBeGreaterThan(0);
+      expect(totals.taken).toBeGreaterThan(0);
+      expect(await miscounts(server, database)).toEqual([]);
+    });
+
     test('a node that asks both at once holds no more than it may', async () => {
       const [here, there] = scenes;
       const node = await here.node({ max: 5 });
@@ -91,6 +138,108 @@ describe.skipIf(withoutPostgres())('over a real server', () => {
       );
       expect(answers.flat()).toHaveLength(5);
       expect((await two.getNode(node))?.active_leases).toBe(5);
+    });
+
+    /** Two nodes of each store take and complete until nothing is left; `onGiven` sees what is held after each lease. */
+    async function drain(
+      nodes: readonly string[],
+      onHeld: (held: readonly GrantedLease[]) => void,
+    ): Promise<readonly GrantedLease[]> {
+      const held = new Set<GrantedLease>();
+      const given: GrantedLease[] = [];
+      const work = async (scene: Scene, node: string): Promise<void> => {
+        for (let idle = 0; idle < 3;) {
+          const leases = await scene.lease(node, 5);
+          idle = leases.length === 0 ? idle + 1 : 0;
+          for (const lease of leases) held.add(lease);
+          given.push(...leases);
+          onHeld([...held]);
+          for (const lease of leases) {
+            // No longer counted before it is ended, so that what is counted is held for sure.
+            held.delete(lease);
+            await scene.complete(refOf(lease));
+          }
+        }
+      };
+      await Promise.all(nodes.map((node, index) => work(scenes[index % 2]!, node)));
+      return given;
+    }
+
+    test('leasing from both at once, a key never has more tasks held than its limit, and none is left behind', async () => {
+      const [here] = scenes;
+      const nodes = await Promise.all(Array.from({ length: 4 }, () => here.node({ max: 5 })));
+      for (let key = 0; key < 6; key += 1) {
+        await here.submit(
+          Array.from({ length: 20 }, (_, index) => ({
+            label: `${key}-${index}`,
+            priority: index % 2,
+            // Each limit is a gate of its own, so that more are shown to those who look than may go.
+            concurrency: { key: `k${key}`, limit: 1 + (index % 3) },
+          })),
+        );
+      }
+      let fullest = 0;
+      const given = await drain(nodes, (held) => {
+        const counts = new Map<string, number>();
+        for (const { task } of held) {
+          const { key } = task.concurrency!;
+          counts.set(key, (counts.get(key) ?? 0) + 1);
+          expect(counts.get(key)).toBeLessThanOrEqual(3);
+          fullest = Math.max(fullest, counts.get(key)!);
+        }
+      });
+      expect(fullest).toBeGreaterThan(1);
+      // Others may have ended while the last ones of a key were with somebody: what is left is given now.
+      const rest = await drain(nodes.slice(0, 1), () => {});
+      expect(new Set([...given, ...rest].map(({ task }) => task.id)).size).toBe(120);
+      expect((await two.stats()).tasks).toMatchObject({ queued: 0, running: 0, completed: 120 });
+      expect(await server.query(database, 'SELECT * FROM millrace.limit_keys')).toEqual([]);
+      expect(await server.query(database, 'SELECT * FROM millrace.limit_gates')).toEqual([]);
+      expect(await miscounts(server, database)).toEqual([]);
+    }, 60_000);
+
+    test('a node that asks both at once is never given more than it has', async () => {
+      const [here, there] = scenes;
+      const node = await here.node({ max: 1000, resources: { cpu: 4, gpu: 1 } });
+      await here.submit([
+        ...Array.from({ length: 30 }, (_, index) => ({ label: `s${index}`, resources: { cpu: 0.5 } })),
+        ...Array.from({ length: 10 }, (_, index) => ({ label: `g${index}`, resources: { cpu: 1, gpu: 1 } })),
+      ]);
+      let given = 0;
+      for (let round = 0; given < 40; round += 1) {
+        expect(round).toBeLessThan(100);
+        const leases = (
+          await Promise.all(
+            Array.from({ length: 6 }, (_, index) => (index % 2 === 0 ? here : there).lease(node, 4)),
+          )
+        ).flat();
+        const sum = (name: string): number =>
+          leases.reduce((total, { task }) => total + (task.resources?.[name] ?? 0), 0);
+        expect(sum('cpu')).toBeLessThanOrEqual(4);
+        expect(sum('gpu')).toBeLessThanOrEqual(1);
+        expect((await two.getNode(node))?.resources_in_use?.['cpu'] ?? 0).toBe(sum('cpu'));
+        given += leases.length;
+        await Promise.all(
+          leases.map((lease, index) => (index % 2 === 0 ? there : here).complete(refOf(lease))),
+        );
+      }
+      expect((await one.stats()).tasks).toMatchObject({ queued: 0, completed: 40 });
+    }, 60_000);
+
+    test('a key that one frees wakes those who wait at the other', async () => {
+      const [here, there] = scenes;
+      const node = await here.node();
+      const task = { concurrency: { key: 'k', limit: 1 } };
+      await here.submit([
+        { label: 'a', ...task },
+        { label: 'b', ...task },
+      ]);
+      const lease = await here.take(node);
+      expect(await there.lease(node)).toEqual([]);
+      const woken = heard(two, ({ kind }) => kind === 'runnable');
+      await here.complete(refOf(lease));
+      await woken;
+      expect(await there.lease(node)).toHaveLength(1);
     });
 
     test('what one commits, the other is told, and nobody hears of a change twice', async () => {

@@ -15,6 +15,7 @@ import type {
   BusyNode,
   ComputeRecord,
   DataRecord,
+  DomainStanding,
   JobDetail,
   JobEvent,
   JobRecord,
@@ -72,11 +73,14 @@ import { Database, MIN_CONNECTIONS, TOTAL_COLUMNS, parseAddress, sql } from './p
 import type { Address } from './postgres-database.ts';
 import { cancelJob, deleteJob, pruneJobs, submitJobs } from './postgres-jobs.ts';
 import type { Answers } from './postgres-jobs.ts';
-import { leaseTasks, nextWake, sweepTasks, takeReports } from './postgres-leases.ts';
+import { mendLeases, nextWake, resumeLeases, sweepTasks, takeReports } from './postgres-leases.ts';
 import type { Report } from './postgres-leases.ts';
+import { Leasing } from './postgres-leasing.ts';
+import { showStuck } from './postgres-limits.ts';
 import { appendLogs, listLogs, readLogs } from './postgres-logs.ts';
 import type { AppendCall } from './postgres-logs.ts';
 import { prepareDatabase } from './postgres-migrate.ts';
+import { Names } from './postgres-names.ts';
 import { Nodes } from './postgres-nodes.ts';
 import { Queues } from './postgres-queues.ts';
 import { Reads } from './postgres-reads.ts';
@@ -160,6 +164,7 @@ type SettingCall = Call & { readonly name: string; readonly create: () => JsonOb
 class PostgresStore implements Store {
   readonly #database: Database;
   readonly #settings: WorkSettings;
+  readonly #leasing: Leasing;
   readonly #reads: Reads;
   readonly #nodes: Nodes;
   readonly #data: Data;
@@ -175,6 +180,8 @@ class PostgresStore implements Store {
   readonly #listeners = new Set<(change: StoreChange) => void>();
   readonly #underWay = new Set<Promise<unknown>>();
   #housekeptAt = -Infinity;
+  /** The store's time at the last sweep; before the first, later than any. */
+  #sweptAt = Infinity;
   #open = true;
   #closing: Promise<void> | null = null;
 
@@ -190,6 +197,7 @@ class PostgresStore implements Store {
       log,
     });
     const queues = new Queues(this.#database);
+    const names = new Names(this.#database);
     this.#settings = {
       random: options.random ?? Math.random,
       newId,
@@ -197,10 +205,12 @@ class PostgresStore implements Store {
       cancelGraceMs: options.cancelGraceMs ?? 60_000,
       backoff: options.backoff ?? DEFAULT_BACKOFF,
       queues,
+      names,
     };
-    this.#reads = new Reads(this.#database, queues);
-    this.#nodes = new Nodes(this.#database, newId);
-    this.#data = new Data(this.#database, newId);
+    this.#leasing = new Leasing(this.#database, this.#settings);
+    this.#reads = new Reads(this.#database, queues, names);
+    this.#nodes = new Nodes(this.#database, queues, newId);
+    this.#data = new Data(this.#database, names, newId);
     this.#schedules = new Schedules(this.#database, newId);
     this.#bell = new Bell({
       database: this.#database,
@@ -305,7 +315,13 @@ class PostgresStore implements Store {
     }
     return await this.#during(async () => {
       await this.#housekeep();
-      return { rescued, nextAtMs: await nextWake(this.#database) };
+      const next = await nextWake(this.#database);
+      const setBack = next.now < this.#sweptAt;
+      this.#sweptAt = next.now;
+      if (!setBack) return { rescued, nextAtMs: next.nextAtMs };
+      await mendLeases(this.#database);
+      const { nextAtMs } = await nextWake(this.#database);
+      return { rescued, nextAtMs };
     });
   }
 
@@ -317,7 +333,7 @@ class PostgresStore implements Store {
   }
 
   readLogs(query: LogQuery): Promise<LogPage | null> {
-    return this.#during(() => readLogs(this.#database, query));
+    return this.#during(() => readLogs(this.#database, this.#settings.names, query));
   }
 
   listLogs(jobId: string): Promise<readonly LogEntry[] | null> {
@@ -397,7 +413,8 @@ class PostgresStore implements Store {
   }
 
   putData(writes: readonly DataWrite[]): Promise<readonly DataRecord[]> {
-    return this.#during(() => this.#data.put(writes));
+    const leases = writes.flatMap(({ lease, domainId }) => (lease ? [{ ref: lease, domainId }] : []));
+    return this.#during(() => this.#underLeases(leases, () => this.#data.put(writes)));
   }
 
   getData(domainId: string, id: string): Promise<DataRecord | null> {
@@ -413,7 +430,9 @@ class PostgresStore implements Store {
   }
 
   createUpload(upload: Omit<UploadRecord, 'parts'>): Promise<void> {
-    return this.#during(() => this.#data.createUpload(upload));
+    const { lease, domainId } = upload;
+    const leases = lease ? [{ ref: lease, domainId }] : [];
+    return this.#during(() => this.#underLeases(leases, () => this.#data.createUpload(upload)));
   }
 
   getUpload(domainId: string, id: string): Promise<UploadRecord | null> {
@@ -466,6 +485,14 @@ class PostgresStore implements Store {
     return this.#during(() => this.#reads.queues());
   }
 
+  setWeight(domainId: string, weight: number): Promise<void> {
+    return this.#during(() => this.#reads.setWeight(domainId, weight));
+  }
+
+  domains(): Promise<readonly DomainStanding[]> {
+    return this.#during(() => this.#reads.domains());
+  }
+
   stats(): Promise<StoreStats> {
     return this.#during(() => this.#reads.stats());
   }
@@ -501,6 +528,24 @@ class PostgresStore implements Store {
     return this.#changes.ask({ kind: 'report', weight: report.items.length, report });
   }
 
+  /** Writes; and again, when it was refused because of leases that had expired and could be resumed. */
+  async #underLeases<T>(leases: LeasesOfWrites, write: () => Promise<T>): Promise<T> {
+    try {
+      return await write();
+    } catch (error) {
+      const refused = MillraceError.is(error) && error.code === 'aborted' && leases.length > 0;
+      if (!refused || !(await this.#resumed(leases))) throw error;
+      return await write();
+    }
+  }
+
+  /** True: some of these leases had expired, and are held again. */
+  async #resumed(leases: LeasesOfWrites): Promise<boolean> {
+    const { value, changes } = await resumeLeases(this.#database, this.#settings, leases);
+    this.#announce(changes);
+    return value > 0;
+  }
+
   /** What runs beside the lanes: closing waits for it, and it is refused once closed. */
   async #during<T>(work: () => Promise<T>): Promise<T> {
     if (!this.#open) throw closedError();
@@ -527,7 +572,7 @@ class PostgresStore implements Store {
 
   async #runLeases(calls: readonly LeaseCall[]): Promise<Outcome<unknown>[]> {
     const requests = calls.flatMap((call) => call.requests);
-    const answers = await leaseTasks(this.#database, this.#settings, requests);
+    const answers = await this.#leasing.lease(requests);
     return this.#share(
       answers,
       calls.map((call) => call.requests.length),
@@ -535,8 +580,17 @@ class PostgresStore implements Store {
   }
 
   async #runLogs(calls: readonly (Call & AppendCall)[]): Promise<Outcome<unknown>[]> {
-    const { outcomes, changes } = await appendLogs(this.#database, calls);
-    this.#announce(changes);
+    const append = async (): Promise<Outcome<{ readonly nextOffset: number }>[][]> => {
+      const { outcomes, changes } = await appendLogs(this.#database, this.#settings.names, calls);
+      this.#announce(changes);
+      return outcomes;
+    };
+    let outcomes = await append();
+    const refused = calls.flatMap(({ items }, call) =>
+      items.filter((_, index) => isAborted(outcomes[call]?.[index])).map((ref) => ({ ref, domainId: null })),
+    );
+    // What is there already is not appended again.
+    if (refused.length > 0 && (await this.#resumed(refused))) outcomes = await append();
     return outcomes.map((value) => ({ ok: true, value }));
   }
 
@@ -614,7 +668,15 @@ class PostgresStore implements Store {
     await this.#database.transaction('call', (transaction) =>
       transaction.count(FOLD_WRITERS, [transaction.given]),
     );
+    const shown = await this.#database.transaction('call', (transaction) => showStuck(transaction));
+    if (shown) this.#announce([{ kind: 'runnable' }]);
   }
+}
+
+type LeasesOfWrites = Parameters<typeof resumeLeases>[2];
+
+function isAborted(outcome: Outcome<unknown> | undefined): boolean {
+  return outcome?.ok === false && outcome.error.code === 'aborted';
 }
 
 async function outcomeOf(running: Promise<unknown>): Promise<Outcome<unknown>> {

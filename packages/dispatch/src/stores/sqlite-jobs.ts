@@ -12,6 +12,7 @@ import type {
   TaskRecord,
   TasksSummary,
 } from '../records.ts';
+import type { Resources } from '../resources.ts';
 import type { DeadTasksQuery, ListJobsQuery, NewJob } from '../store.ts';
 import type { Database, Statement } from './sqlite-database.ts';
 import { receiptOf } from './sqlite-receipts.ts';
@@ -114,7 +115,7 @@ export class Jobs {
     const ready: number[] = [];
     const opening = [...stages.values()];
     for (const [index, task] of specs.entries()) {
-      const { stage, queueId, priority, deadlineAt, notBefore } = task;
+      const { stage, queueId, deadlineAt, notBefore } = task;
       const seq = job.firstTask + index;
       const blocked = stage > 0 && (opening[stage - 1]?.depsRemaining ?? 0) > 0;
       if (!blocked && notBefore !== null && notBefore > ledger.now) {
@@ -126,8 +127,7 @@ export class Jobs {
         ledger.queues.count(queueId, 'blocked', 1);
         continue;
       }
-      ledger.countReady(queueId, 1);
-      ledger.queues.add(queueId, priority, seq, ledger.now, true);
+      ledger.enqueue(job, task, seq, true);
       ledger.emit(job, 'task.runnable', seq);
       if (spec.cache === true) ready.push(seq);
     }
@@ -136,16 +136,22 @@ export class Jobs {
   }
 
   #specs(job: Job, spec: JobSpec, stages: ReadonlyMap<string, Stage>, organizationId: string | null): Spec[] {
-    let previous: { readonly filters: object; readonly queue: Queue } | null = null;
+    let previous: {
+      readonly filters: object;
+      readonly resources: Resources | undefined;
+      readonly queue: Queue;
+    } | null = null;
     return spec.tasks.map((task): Spec => {
       // Neighbours mostly make the same demands, and finding a queue means rendering its filters.
       if (
         previous?.queue.capability !== task.capability ||
         previous.queue.mode !== task.mode ||
+        previous.resources !== task.resources ||
         !sameFilters(previous.filters, task.capability_filters)
       ) {
         previous = {
           filters: task.capability_filters,
+          resources: task.resources,
           queue: this.#ledger.queues.of(task, organizationId),
         };
       }
@@ -156,6 +162,7 @@ export class Jobs {
         maxAttempts: task.max_attempts,
         deadlineAt: earlier(job.deadlineAt, timeOf(task.deadline_at)),
         notBefore: later(timeOf(spec.not_before ?? null), timeOf(task.not_before ?? null)),
+        concurrency: task.concurrency ?? null,
         label: task.label,
         stageName: task.stage,
         inputs: task.inputs_cids,

@@ -1,6 +1,6 @@
 /** The verbs of nodes that want work and do it: lease, heartbeat, and the check behind every write under a lease. */
 import { MillraceError } from '@millrace/runner';
-import { isFinal, taskStatus } from '../lifecycle.ts';
+import { expiryAfterSetback, isFinal, taskStatus } from '../lifecycle.ts';
 import type { BusyNode, NodeMode } from '../records.ts';
 import type {
   GrantedLease,
@@ -14,7 +14,8 @@ import type {
 import type { Ending } from './sqlite-ending.ts';
 import type { Ledger } from './sqlite-ledger.ts';
 import type { Task } from './sqlite-model.ts';
-import type { Queue, Range } from './sqlite-queues.ts';
+import { pickTasks } from './sqlite-picking.ts';
+import type { Pick } from './sqlite-picking.ts';
 import type { Reports } from './sqlite-reports.ts';
 import { isoTime, isoTimeOrNull } from './time.ts';
 
@@ -40,37 +41,26 @@ export class Leasing {
     const free = node.maxConcurrency - (ledger.heldBy(nodeId)?.size ?? 0);
     if (free <= 0) return { leases: [], busy: true };
     const want = Math.min(max, free);
+    const room = ledger.room(node);
     const leases: GrantedLease[] = [];
     for (const matching of ledger.queues.matching(node)) {
       if (leases.length === want) break;
       const queues = matching.filter(
-        (queue) => queue.ready > 0 && (capabilities === null || capabilities.includes(queue.capability)),
+        (queue) =>
+          queue.active.size > 0 && (capabilities === null || capabilities.includes(queue.capability)),
       );
       if (queues.length === 0) continue;
-      leases.push(...this.#grant(this.#pick(queues, want - leases.length), nodeId, start));
+      const { picks, noRoom, heldBack } = pickTasks(
+        ledger,
+        queues,
+        want - leases.length,
+        room?.usage ?? null,
+      );
+      if (picks.length > 0) leases.push(...this.#grant(picks, nodeId, start));
+      if (room !== null && noRoom) room.wanted = true;
+      if (heldBack) break;
     }
     return { leases, busy: false };
-  }
-
-  /** Takes up to `want` ready tasks out of these queues, by priority, then age. */
-  #pick(queues: readonly Queue[], want: number): Pick[] {
-    // A merge of sorted queues that reads each in small steps: however many queues there are, little more is read than
-    // is given out.
-    const step = Math.max(1, Math.ceil(want / queues.length));
-    const fronts = queues.map((queue) => new Front(this.#ledger, queue, step));
-    const picked: Pick[] = [];
-    while (picked.length < want) {
-      let best: Front | null = null;
-      for (const front of fronts) {
-        if (front.head === null) continue;
-        if (best?.head == null || comesBefore(front.head, best.head)) best = front;
-      }
-      if (best?.head == null) break;
-      picked.push(best.head);
-      best.next();
-    }
-    for (const front of fronts) front.take();
-    return picked;
   }
 
   #grant(picked: readonly Pick[], nodeId: string, start: boolean): GrantedLease[] {
@@ -110,10 +100,11 @@ export class Leasing {
     if (task.cancelRequestedAt === null && task.deadlineAt !== null && task.deadlineAt <= now) {
       this.#ending.requestCancel(task, 'deadline');
     }
-    task.lastHeartbeatAt = now;
+    const left = expiryAfterSetback(task, now) ?? task.leaseExpiresAt ?? 0;
     // Alive while it winds down, but not for ever.
     const limit = task.cancelRequestedAt === null ? Infinity : task.cancelRequestedAt + cancelGraceMs;
-    const expiresAt = Math.max(task.leaseExpiresAt ?? 0, Math.min(now + leaseTtlMs, limit));
+    const expiresAt = Math.max(left, Math.min(now + leaseTtlMs, limit));
+    task.lastHeartbeatAt = now;
     task.leaseExpiresAt = expiresAt;
     ledger.saveHeartbeat(task);
     this.#reports.take(task, job, item);
@@ -142,7 +133,7 @@ export class Leasing {
    * when the task's job belongs to another domain
    */
   check(ref: LeaseRef, domainId: string): string {
-    const task = this.#ending.current(ref);
+    const task = this.#ending.newest(ref);
     const job = this.#ledger.job(task.jobSeq);
     if (job.domainId !== domainId) {
       throw new MillraceError(
@@ -159,12 +150,17 @@ export class Leasing {
    * @throws MillraceError as {@link check}, whatever the domain
    */
   attemptOf(ref: LeaseRef): { readonly jobId: string; readonly attempt: number } {
-    const task = this.#ending.current(ref);
+    const task = this.#ending.newest(ref);
     return { jobId: this.#ledger.job(task.jobSeq).id, attempt: attemptsOf(task) };
   }
 
-  /** Null: unknown task. */
-  standing(taskId: string, countAhead: boolean): TaskStanding | null {
+  /** Holds the task of a lease that may write, as the other two found, if it is not held. */
+  keep(ref: LeaseRef): void {
+    this.#ending.current(ref);
+  }
+
+  /** Null: unknown task. `lapsed`: its newest lease expired, and its node may still go on with it. */
+  standing(taskId: string, countAhead: boolean): (TaskStanding & { readonly lapsed: boolean }) | null {
     const ledger = this.#ledger;
     const task = ledger.taskById(taskId);
     if (!task) return null;
@@ -175,8 +171,12 @@ export class Leasing {
       domainId: job.domainId,
       attempts: attemptsOf(task),
       leasedAt: isoTimeOrNull(task.leasedAt),
+      lapsed: this.#ending.isLapsed(task),
       final: isFinal(state),
-      ahead: countAhead && state === 'ready' ? ledger.queues.ahead(spec.queueId, spec.priority, seq) : null,
+      ahead: countAhead && state === 'ready' ? ledger.ahead(job, spec, seq) : null,
+      ...(spec.concurrency !== null && {
+        heldOfKey: ledger.lanes.heldOfKey(job.domainId, spec.concurrency),
+      }),
     };
   }
 
@@ -202,77 +202,4 @@ export class Leasing {
 /** Leases the task had, whether or not they counted. */
 function attemptsOf({ attempts, nodeFaults, drains }: Task): number {
   return attempts + nodeFaults + drains;
-}
-
-/** A task that may be leased. */
-interface Pick {
-  readonly seq: number;
-  readonly range: Readonly<Range>;
-}
-
-function comesBefore(a: Pick, b: Pick): boolean {
-  const byPriority = a.range.priority - b.range.priority;
-  return byPriority > 0 || (byPriority === 0 && a.seq < b.seq);
-}
-
-/** The ready tasks of one queue in their order, read a few ranges at a time. */
-class Front {
-  readonly #ledger: Ledger;
-  readonly #queue: Queue;
-  readonly #step: number;
-  #ranges: readonly Readonly<Range>[] = [];
-  #read = 0;
-  #at = 0;
-  /** What was picked so far, by range. */
-  readonly #picked: { readonly range: Readonly<Range>; readonly seqs: number[] }[] = [];
-  /** The first that was not picked; null: there is none. */
-  head: Pick | null = null;
-
-  constructor(ledger: Ledger, queue: Queue, step: number) {
-    this.#ledger = ledger;
-    this.#queue = queue;
-    this.#step = step;
-    this.#advance(null);
-  }
-
-  /** Picks the head. */
-  next(): void {
-    if (this.head === null) return;
-    const { seq, range } = this.head;
-    const last = this.#picked.at(-1);
-    if (last?.range === range) last.seqs.push(seq);
-    else this.#picked.push({ range, seqs: [seq] });
-    this.#advance(this.head);
-  }
-
-  /** Takes what was picked out of the queue. */
-  take(): void {
-    for (const { range, seqs } of this.#picked) this.#ledger.queues.take(range, seqs);
-  }
-
-  #advance(from: Pick | null): void {
-    let range = from?.range ?? this.#nextRange();
-    let seq = from === null ? range?.firstTask : from.seq + 1;
-    while (range) {
-      for (; seq !== undefined && seq <= range.lastTask; seq += 1) {
-        // A task past its deadline is not given out any more; the sweep will end it.
-        const { deadlineAt } = this.#ledger.specs.get(seq).spec;
-        if (deadlineAt !== null && deadlineAt <= this.#ledger.now) continue;
-        this.head = { seq, range };
-        return;
-      }
-      range = this.#nextRange();
-      seq = range?.firstTask;
-    }
-    this.head = null;
-  }
-
-  #nextRange(): Readonly<Range> | undefined {
-    if (this.#at === this.#ranges.length && this.#ranges.length === (this.#read === 0 ? 0 : this.#step)) {
-      this.#ranges = this.#ledger.queues.front(this.#queue, this.#step, this.#read);
-      this.#read += this.#step;
-      this.#at = 0;
-    }
-    return this.#ranges[this.#at++];
-  }
 }

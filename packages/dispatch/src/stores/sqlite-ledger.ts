@@ -3,16 +3,17 @@
  * for the verbs (`sqlite-jobs.ts`, `sqlite-leasing.ts`, `sqlite-ending.ts`); here it stays consistent. Synchronous; the caller
  * brings the transaction.
  *
- * Invariants: a task is held exactly while its state is leased or running; a queue's counts are the numbers of its tasks in
- * those states; job counts and `totals` equal what counting tasks would give. {@link Ledger.load} restores all of it from
- * the tables.
+ * Invariants: a task is held exactly while its state is leased or running, and in a lane exactly while it is ready; a queue's
+ * counts are the numbers of its tasks in each state, a key's and a node's what the held tasks come to; job counts and `totals`
+ * equal what counting tasks would give. {@link Ledger.load} restores all of it from the tables.
  */
 import { MillraceError } from '@millrace/runner';
-import { isHeld, taskStatus, wakeAt } from '../lifecycle.ts';
+import { isHeld, resume, taskStatus, wakeAt } from '../lifecycle.ts';
 import type { TaskState } from '../lifecycle.ts';
 import { TASK_STATUSES } from '../records.ts';
 import type {
   AttemptOutcome,
+  DomainStanding,
   JobRecord,
   JobStatus,
   TaskRecord,
@@ -25,11 +26,16 @@ import type { EventKind } from './event-kinds.ts';
 import { BulkInsert } from './sqlite-database.ts';
 import type { Database, Row, Statement } from './sqlite-database.ts';
 import { Receipts, PendingReceipts } from './sqlite-receipts.ts';
+import type { Attempt } from './sqlite-receipts.ts';
 import { Events, PendingEvents } from './sqlite-events.ts';
 import { emptyJobs, emptyTasks, queuedWakeAt } from './sqlite-model.ts';
 import type { Job, JobText, Spec, Stage, Task, WorkOptions } from './sqlite-model.ts';
+import { Usage } from './fitting.ts';
+import { Domains } from './sqlite-domains.ts';
+import { Lanes } from './sqlite-lanes.ts';
 import { Memos } from './sqlite-memos.ts';
 import { Queues } from './sqlite-queues.ts';
+import type { Node } from './sqlite-nodes.ts';
 import { Specs } from './sqlite-specs.ts';
 import { isoTime, isoTimeOrNull } from './time.ts';
 
@@ -56,13 +62,22 @@ interface CompletedRun {
   lastTask: number;
 }
 
+/** What a node has taken of what it has. */
+export interface Room {
+  readonly usage: Usage;
+  /** It was not given something for lack of room, and shall be as soon as there is more. */
+  wanted: boolean;
+}
+
 export class Ledger {
   readonly options: WorkOptions;
   readonly queues: Queues;
+  readonly lanes: Lanes;
   readonly specs: Specs;
   readonly events: Events;
   readonly receipts: Receipts;
   readonly memos: Memos;
+  readonly domains: Domains;
   readonly totals: { readonly tasks: Record<TaskStatus, number>; readonly jobs: Record<JobStatus, number> } =
     {
       tasks: emptyTasks(),
@@ -83,6 +98,8 @@ export class Ledger {
   readonly #held = new Map<string, Task>();
   /** The same by the node that holds them. */
   readonly #heldBy = new Map<string, Set<Task>>();
+  /** Of nodes that say what they have and asked for work, or were asked about, by their ids. */
+  readonly #rooms = new Map<string, Room>();
   #completed: CompletedRun[] = [];
   /** By number, the first read first; those of the current transaction are all here. */
   readonly #jobs = new Map<number, Job>();
@@ -99,10 +116,12 @@ export class Ledger {
     this.#database = database;
     this.#sql = prepare(database);
     this.queues = new Queues(database);
+    this.lanes = new Lanes(database);
     this.specs = new Specs(database);
     this.events = new Events(database);
     this.receipts = new Receipts(database);
     this.memos = new Memos(database, options.items);
+    this.domains = new Domains(database);
     this.#newJobs = new BulkInsert(database, 'jobs', JOB_COLUMNS.split(/[\s,]+/).slice(1));
     this.#newJobTexts = new BulkInsert(database, 'job_specs', ['job_seq', 'spec']);
     this.#newWakes = new BulkInsert(database, 'wakes', ['at', 'task_seq']);
@@ -126,9 +145,12 @@ export class Ledger {
     this.receipts.clear();
     this.specs.clear();
     this.queues.load();
+    this.lanes.load((id) => this.queues.get(id));
     this.memos.load();
+    this.domains.load();
     this.#held.clear();
     this.#heldBy.clear();
+    this.#rooms.clear();
     this.#completed = [];
     this.#jobs.clear();
     this.#jobSeqs.clear();
@@ -142,6 +164,7 @@ export class Ledger {
     for (const row of sql.heldTasks.all()) {
       const task = this.#taskOf(row);
       this.#hold(task);
+      this.#occupy(task, this.job(task.jobSeq));
       this.queues.count(task.spec.queueId, task.state, 1);
     }
     const { tasks, jobs } = this.totals;
@@ -160,6 +183,7 @@ export class Ledger {
     }
     this.#dirtyJobs.length = 0;
     this.#writeRows();
+    this.lanes.tidy();
     for (const [seq, job] of this.#jobs) {
       if (this.#jobs.size <= KEPT_JOBS) break;
       this.#jobs.delete(seq);
@@ -401,6 +425,20 @@ export class Ledger {
     return this.#heldBy.get(nodeId);
   }
 
+  /** What the node has taken; null: it does not say what it has, and any number fits. */
+  room({ id, resources }: Node): Room | null {
+    if (resources === null) return null;
+    let room = this.#rooms.get(id);
+    if (room?.usage.capacity !== resources) {
+      room = { usage: new Usage(resources), wanted: false };
+      for (const { spec } of this.#heldBy.get(id) ?? []) {
+        room.usage.add(this.queues.get(spec.queueId).resources);
+      }
+      this.#rooms.set(id, room);
+    }
+    return room;
+  }
+
   taskById(id: string): Task | null {
     const held = this.#held.get(id);
     if (held) return held;
@@ -481,15 +519,56 @@ export class Ledger {
     this.totals.tasks[to] += 1;
     const { queueId } = task.spec;
     this.queues.count(queueId, task.state, -1);
-    if (state === 'ready') this.countReady(queueId, 1);
-    else this.queues.count(queueId, state, 1);
+    this.queues.count(queueId, state, 1);
     task.state = state;
   }
 
-  /** Counts tasks that became ready, for those who wait for such. */
-  countReady(queueId: number, count: number): void {
-    this.queues.count(queueId, 'ready', count);
-    this.#runnable = true;
+  /** Puts a task that became ready where nodes find it. `fresh`: it has no row of its own yet. */
+  enqueue(job: Job, { queueId, concurrency, priority }: Spec, seq: number, fresh: boolean): void {
+    const queue = this.queues.get(queueId);
+    if (this.lanes.add(queue, job.domainId, concurrency, priority, seq, this.#now, fresh)) {
+      this.#runnable = true;
+    }
+  }
+
+  /** Takes those of a job's tasks from one number to another that wait like this one out of their lane. */
+  dequeue(job: Job, { queueId, concurrency, priority }: Spec, firstTask: number, lastTask: number): void {
+    this.lanes.remove(this.queues.get(queueId), job.domainId, concurrency, priority, firstTask, lastTask);
+  }
+
+  /** Tasks that come before one that is ready. */
+  ahead(
+    job: Job,
+    { queueId, priority }: Spec,
+    seq: number,
+  ): { readonly higherPriority: number; readonly older: number } {
+    const queues = this.queues.sharing(this.queues.get(queueId));
+    return this.lanes.ahead(queues, job.domainId, priority, seq);
+  }
+
+  domainStandings(): DomainStanding[] {
+    const standings = new Map<string, { ready: number; held: number }>();
+    const of = (domainId: string): { ready: number; held: number } => {
+      let standing = standings.get(domainId);
+      if (!standing) {
+        standing = { ready: 0, held: 0 };
+        standings.set(domainId, standing);
+      }
+      return standing;
+    };
+    for (const domainId of this.domains.weighted()) of(domainId);
+    for (const { shelves } of this.queues.all()) {
+      for (const { domainId, ready } of shelves.values()) if (ready > 0) of(domainId).ready += ready;
+    }
+    for (const { jobSeq } of this.#held.values()) of(this.job(jobSeq).domainId).held += 1;
+    return [...standings]
+      .toSorted(([a], [b]) => (a < b ? -1 : 1))
+      .map(([domain_id, { ready, held }]) => ({
+        domain_id,
+        weight: this.domains.weight(domain_id),
+        ready,
+        held,
+      }));
   }
 
   /** Writes a task's row. */
@@ -521,23 +600,24 @@ export class Ledger {
     this.#sql.saveHeartbeat.run(task.state, task.leaseExpiresAt, task.updatedAt, task.seq);
   }
 
-  /** Takes those of a job's tasks that are ready out of their queues. They are still to be moved on. */
+  /** Takes those of a job's tasks that are ready out of their lanes. They are still to be moved on. */
   leaveQueues(job: Job, tasks: readonly Task[]): void {
     const left = new Set<string>();
     const last = job.firstTask + job.taskCount - 1;
     for (const { state, spec } of tasks) {
-      const key = `${spec.queueId} ${spec.priority}`;
+      const { concurrency } = spec;
+      const key = `${spec.queueId} ${spec.priority} ${concurrency === null ? '' : `${concurrency.limit} ${concurrency.key}`}`;
       if (state !== 'ready' || left.has(key)) continue;
       left.add(key);
-      this.queues.remove(spec.queueId, spec.priority, job.firstTask, last);
+      this.dequeue(job, spec, job.firstTask, last);
     }
   }
 
   // ---- Leases -------------------------------------------------------------------------------------------------
 
   /**
-   * Gives tasks, which have left their queues, to a node. `fresh`: those without a row, in the order of which their leases
-   * are numbered; written together that takes a tenth of the time.
+   * Gives tasks to a node that were picked for it (`sqlite-picking.ts`). `fresh`: those without a row, in the order of which
+   * their leases are numbered; written together that takes a tenth of the time.
    */
   grant(fresh: readonly Task[], others: readonly Task[], nodeId: string, state: 'leased' | 'running'): void {
     const firstLease = this.#nextLease;
@@ -586,15 +666,36 @@ export class Ledger {
     this.#touch(job);
     this.#held.delete(task.id);
     const nodeId = task.nodeId ?? '';
+    this.#vacate(task, job, nodeId);
     const others = this.#heldBy.get(nodeId);
     others?.delete(task);
-    if (others?.size === 0) this.#heldBy.delete(nodeId);
+    if (others?.size === 0) {
+      this.#heldBy.delete(nodeId);
+      this.#rooms.delete(nodeId);
+    }
     task.leaseId = null;
     task.leaseNo = null;
     task.leasedAt = null;
     task.nodeId = null;
     task.leaseExpiresAt = null;
     return id;
+  }
+
+  /** Gives a queued task back to the node whose lease on it, the newest, expired: as if it had not. */
+  resume(task: Task, job: Job, { leaseId: id, leaseNo, leasedAt, nodeId }: Attempt): void {
+    const { seq, spec } = task;
+    if (task.state === 'ready') this.dequeue(job, spec, seq, seq);
+    this.receipts.remove(job, task);
+    Object.assign(task, resume(task), { leaseId: id, leaseNo, leasedAt, nodeId });
+    task.leaseExpiresAt = this.#now + this.options.leaseTtlMs;
+    task.notBefore = null;
+    task.reason = null;
+    this.move(task, job, 'running');
+    this.#hold(task);
+    this.#occupy(task, job);
+    this.save(task);
+    const data = { node_id: nodeId, attempt: task.attempts, lease_id: id };
+    this.emit(job, 'task.resumed', seq, JSON.stringify(data));
   }
 
   /**
@@ -674,6 +775,8 @@ export class Ledger {
       max_attempts: spec.maxAttempts,
       deadline_at: isoTimeOrNull(spec.deadlineAt),
       ...(spec.notBefore !== null && { not_before: isoTime(spec.notBefore) }),
+      ...(spec.concurrency !== null && { concurrency: spec.concurrency }),
+      ...(queue.resources !== null && { resources: queue.resources }),
     };
   }
 
@@ -712,6 +815,8 @@ export class Ledger {
       output_cids: outputs,
       node_faults: task.nodeFaults + task.drains,
       deadline_at: isoTimeOrNull(task.deadlineAt),
+      ...(spec.concurrency !== null && { concurrency: spec.concurrency }),
+      ...(queue.resources !== null && { resources: queue.resources }),
     };
   }
 
@@ -741,6 +846,26 @@ export class Ledger {
     const others = this.#heldBy.get(nodeId);
     if (others) others.add(task);
     else this.#heldBy.set(nodeId, new Set([task]));
+  }
+
+  /** Counts a task that came to be held in another way than by being picked. */
+  #occupy(task: Task, job: Job): void {
+    const { concurrency, queueId } = task.spec;
+    if (concurrency !== null) this.lanes.hold(job.domainId, concurrency, 1);
+    if (this.#rooms.size === 0) return;
+    this.#rooms.get(task.nodeId ?? '')?.usage.add(this.queues.get(queueId).resources);
+  }
+
+  /** Counts a task that is no longer held. Who waited for that is to be asked again. */
+  #vacate(task: Task, job: Job, nodeId: string): void {
+    const { concurrency, queueId } = task.spec;
+    if (concurrency !== null && this.lanes.hold(job.domainId, concurrency, -1)) this.#runnable = true;
+    if (this.#rooms.size === 0) return;
+    const room = this.#rooms.get(nodeId);
+    if (!room) return;
+    room.usage.remove(this.queues.get(queueId).resources);
+    if (room.wanted) this.#runnable = true;
+    room.wanted = false;
   }
 
   #collectJob(job: Job): void {
@@ -796,6 +921,7 @@ export class Ledger {
     this.#newJobTexts.flush();
     this.specs.flush();
     this.queues.flush();
+    this.lanes.flush();
     this.#newWakes.flush();
     this.events.flush();
     this.receipts.flush();

@@ -9,7 +9,10 @@ const CHUNKS_PER_READ = 512;
 export interface LogTasks {
   /** Which attempt the lease is. Throws when the lease may not write. */
   readonly leased: (item: LogAppend) => { readonly jobId: string; readonly attempt: number };
-  readonly standing: (taskId: string) => TaskStanding | null;
+  /** It does write. */
+  readonly keep: (item: LogAppend) => void;
+  /** `lapsed`: more may still come from the node whose lease expired. */
+  readonly standing: (taskId: string) => (TaskStanding & { readonly lapsed: boolean }) | null;
 }
 
 export class Logs {
@@ -76,7 +79,10 @@ export class Logs {
       );
     }
     const fresh = bytes.subarray(end - offset);
-    if (fresh.byteLength === 0) return end;
+    if (fresh.byteLength === 0) {
+      this.#tasks.keep(item);
+      return end;
+    }
     const nextOffset = end + fresh.byteLength;
     if (nextOffset > maxBytes) {
       throw new MillraceError(
@@ -85,6 +91,7 @@ export class Logs {
         { details: { limit: 'taskLogBytes', value: maxBytes } },
       );
     }
+    this.#tasks.keep(item);
     const id = found ?? (this.#insert.get(jobId, taskId, attempt)?.[0] as number);
     this.#insertChunk.run(id, end, fresh);
     this.#grown.add(taskId);
@@ -95,7 +102,7 @@ export class Logs {
   read({ taskId, attempt: wanted, offset, limit }: LogQuery): LogPage | null {
     const standing = this.#tasks.standing(taskId);
     if (!standing) return null;
-    const { jobId, attempts, leasedAt, final } = standing;
+    const { jobId, attempts, leasedAt, lapsed, final } = standing;
     const attempt = wanted ?? Math.max(1, attempts);
     if (wanted !== null && wanted > attempts + (final ? 0 : 1)) {
       throw new MillraceError(
@@ -119,7 +126,7 @@ export class Logs {
       offset: from,
       bytes: id === undefined ? new Uint8Array() : this.#bytes(id, from, Math.min(size, from + limit)),
       size,
-      ended: final || attempt < attempts || (attempt === attempts && leasedAt === null),
+      ended: final || attempt < attempts || (attempt === attempts && leasedAt === null && !lapsed),
       final,
     };
   }

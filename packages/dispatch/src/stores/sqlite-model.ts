@@ -3,7 +3,7 @@ import type { Clock, Json, JsonObject, Random } from '@millrace/runner';
 import { isHeld, wakeAt } from '../lifecycle.ts';
 import type { Backoff, TaskState } from '../lifecycle.ts';
 import { JOB_STATUSES } from '../records.ts';
-import type { JobRecord, JobStatus, TaskStatus } from '../records.ts';
+import type { ConcurrencyLimit, JobRecord, JobStatus, TaskStatus } from '../records.ts';
 import type { TaskIds } from './ids.ts';
 import type { PendingReceipts } from './sqlite-receipts.ts';
 import type { PendingEvents } from './sqlite-events.ts';
@@ -36,6 +36,7 @@ export interface Spec {
   readonly deadlineAt: number | null;
   /** Not to be given out before. */
   readonly notBefore: number | null;
+  readonly concurrency: ConcurrencyLimit | null;
   readonly label: string;
   readonly stageName: string;
   readonly inputs: readonly string[];

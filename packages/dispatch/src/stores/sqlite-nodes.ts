@@ -6,6 +6,7 @@
  */
 import type { Clock, JsonObject } from '@millrace/runner';
 import type { NodeMode, NodeRecord } from '../records.ts';
+import type { Resources } from '../resources.ts';
 import type { NewNode, NodeRegistration, Nonce } from '../store.ts';
 import type { Database, Row, Statement } from './sqlite-database.ts';
 import type { Offer } from './matching.ts';
@@ -27,6 +28,8 @@ export interface Node extends Offer {
   readonly wallet: string | null;
   readonly version: string | null;
   readonly maxConcurrency: number;
+  /** Null: it does not say. */
+  readonly resources: Resources | null;
   readonly createdAt: number;
   readonly registeredAt: number | null;
   /** The only member that changes in place. */
@@ -37,6 +40,7 @@ export class Nodes {
   readonly #clock: Clock;
   readonly #newId: () => string;
   readonly #activeLeases: (nodeId: string) => number;
+  readonly #inUse: (node: Node) => Resources;
   readonly #nodes = new Map<string, Node>();
   readonly #wallets = new Map<string, string>();
   #nonces = 0;
@@ -57,20 +61,22 @@ export class Nodes {
     clock: Clock,
     newId: () => string,
     activeLeases: (nodeId: string) => number,
+    inUse: (node: Node) => Resources,
   ) {
     this.#clock = clock;
     this.#newId = newId;
     this.#activeLeases = activeLeases;
+    this.#inUse = inUse;
     const sql = (text: string): Statement => database.prepare(text);
     this.#selectNodes = sql(`
       SELECT id, name, mode, organization_id, secret_hash, wallet, capabilities, labels, version, max_concurrency,
-             created_at, registered_at, last_seen_at
+             resources, created_at, registered_at, last_seen_at
       FROM nodes ORDER BY created_at, id`);
     this.#insertNode = sql(
       'INSERT INTO nodes (id, name, mode, organization_id, secret_hash, created_at) VALUES (?, ?, ?, ?, ?, ?)',
     );
     this.#register = sql(
-      'UPDATE nodes SET wallet = ?, capabilities = ?, labels = ?, version = ?, max_concurrency = ?, registered_at = ? WHERE id = ?',
+      'UPDATE nodes SET wallet = ?, capabilities = ?, labels = ?, version = ?, max_concurrency = ?, resources = ?, registered_at = ? WHERE id = ?',
     );
     this.#seen = sql('UPDATE nodes SET last_seen_at = ? WHERE id = ?');
     this.#countNonces = sql('SELECT count(*) FROM nonces');
@@ -123,6 +129,7 @@ export class Nodes {
       labels: {},
       version: null,
       maxConcurrency: 1,
+      resources: null,
       createdAt: now,
       registeredAt: null,
       lastSeenAt: null,
@@ -138,7 +145,7 @@ export class Nodes {
 
   /** @throws MillraceError `unauthenticated`, `already_exists`, `invalid_argument` */
   register(registration: NodeRegistration): NodeRecord {
-    const { nodeId, capabilities, labels, version } = registration;
+    const { nodeId, capabilities, labels, version, resources = null } = registration;
     const now = this.#clock.now();
     const { node, wallet, maxConcurrency } = judgeRegistration(registration, {
       node: this.#nodes.get(nodeId),
@@ -152,6 +159,7 @@ export class Nodes {
       JSON.stringify(labels),
       version,
       maxConcurrency,
+      resources === null ? null : JSON.stringify(resources),
       now,
       nodeId,
     );
@@ -163,6 +171,7 @@ export class Nodes {
       labels: { ...labels },
       version,
       maxConcurrency,
+      resources: resources === null ? null : { ...resources },
       registeredAt: now,
     };
     this.#keep(registered);
@@ -219,7 +228,8 @@ export class Nodes {
   }
 
   #record(node: Node): NodeRecord {
-    return nodeRecord(node, this.#activeLeases(node.id));
+    const inUse = node.resources === null ? {} : this.#inUse(node);
+    return nodeRecord(node, this.#activeLeases(node.id), inUse);
   }
 }
 
@@ -235,6 +245,7 @@ function nodeOf(row: Row): Node {
     labels,
     version,
     max,
+    resources,
     created,
     registered,
     seen,
@@ -250,6 +261,7 @@ function nodeOf(row: Row): Node {
     labels: JSON.parse(labels as string) as Record<string, string>,
     version: version as string | null,
     maxConcurrency: max as number,
+    resources: resources === null ? null : (JSON.parse(resources as string) as Resources),
     createdAt: created as number,
     registeredAt: registered as number | null,
     lastSeenAt: seen as number | null,

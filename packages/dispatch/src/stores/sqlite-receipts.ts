@@ -2,6 +2,7 @@
  * How attempts ended: the receipts of the wire and what makes repeated endings harmless. Many to a row; those of one task form
  * a chain from its newest, which its row in `tasks` names. Synchronous; the caller brings the transaction.
  */
+import { MillraceError } from '@millrace/runner';
 import type { Json } from '@millrace/runner';
 import type { AttemptOutcome, ReceiptRecord } from '../records.ts';
 import { leaseId, taskId } from './ids.ts';
@@ -25,6 +26,7 @@ export interface Attempt {
   readonly index: number;
   readonly outcome: AttemptOutcome;
   readonly leaseId: string;
+  readonly leaseNo: number;
   readonly nodeId: string;
   readonly leasedAt: number;
   readonly endedAt: number;
@@ -46,6 +48,10 @@ export class PendingReceipts {
   nodeId: string | null = null;
 }
 
+/** Places in a line. */
+const BEFORE = 1;
+const NODE = 6;
+
 type StoredLine = readonly [
   task: number,
   before: number,
@@ -64,6 +70,8 @@ export class Receipts {
   readonly #rows: BulkInsert;
   readonly #ofJob: Statement;
   readonly #one: Statement;
+  readonly #rewrite: Statement;
+  readonly #deleteOne: Statement;
   readonly #delete: Statement;
 
   constructor(database: Database) {
@@ -71,6 +79,8 @@ export class Receipts {
     this.#rows = new BulkInsert(database, 'endings', ['job_seq', 'no', 'at', 'body']);
     this.#ofJob = database.prepare('SELECT at, body FROM endings WHERE job_seq = ? ORDER BY no');
     this.#one = database.prepare('SELECT at, body FROM endings WHERE job_seq = ? AND no = ?');
+    this.#rewrite = database.prepare('UPDATE endings SET body = ? WHERE job_seq = ? AND no = ?');
+    this.#deleteOne = database.prepare('DELETE FROM endings WHERE job_seq = ? AND no = ?');
     this.#delete = database.prepare('DELETE FROM endings WHERE job_seq = ?');
   }
 
@@ -143,6 +153,22 @@ export class Receipts {
     }
   }
 
+  /** Takes back the newest ending of a task, which is in its row. */
+  remove(job: Job, task: Task): void {
+    const no = task.ending;
+    const lines = linesOf(this.#one.get(job.seq, no));
+    const at = lines.findLastIndex(([index]) => index === task.seq - job.firstTask);
+    const [line] = lines.splice(at, 1);
+    if (at === -1 || !line) throw new MillraceError('internal', `row ${no} has no ending of task ${task.id}`);
+    const next = lines[at];
+    // It may be the one that names the node for those after it.
+    if (next && line[NODE] !== 0 && next[NODE] === 0)
+      lines[at] = next.with(NODE, line[NODE]) as unknown as StoredLine;
+    if (lines.length === 0) this.#deleteOne.run(job.seq, no);
+    else this.#rewrite.run(JSON.stringify(lines), job.seq, no);
+    task.ending = line[BEFORE];
+  }
+
   delete(job: Job): void {
     this.#delete.run(job.seq);
   }
@@ -153,15 +179,21 @@ export class Receipts {
   }
 }
 
-function attemptsOf([at, body]: Row): Attempt[] {
+function linesOf(row: Row | undefined): StoredLine[] {
+  return row ? (JSON.parse(String(row[1])) as StoredLine[]) : [];
+}
+
+function attemptsOf(row: Row): Attempt[] {
+  const [at] = row;
   let nodeId = '';
-  return (JSON.parse(String(body)) as StoredLine[]).map(
+  return linesOf(row).map(
     ([index, before, ms, outcome, lease, leasedAt, node, outputs, meta, reason = null]) => {
       if (node !== 0) nodeId = node;
       return {
         index,
         outcome: OUTCOMES[outcome] ?? 'failed',
         leaseId: leaseId(leasedAt, lease),
+        leaseNo: lease,
         nodeId,
         leasedAt,
         endedAt: (at as number) + ms,

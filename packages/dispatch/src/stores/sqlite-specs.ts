@@ -177,7 +177,12 @@ function textOf(spec: Spec): string {
     spec.inputs,
     spec.outputsPrefix,
     spec.meta,
-    ...(spec.notBefore === null ? [] : [spec.notBefore]),
+    // Left out from the end, since few tasks have them.
+    ...(spec.concurrency !== null
+      ? [spec.notBefore, [spec.concurrency.key, spec.concurrency.limit]]
+      : spec.notBefore !== null
+        ? [spec.notBefore]
+        : []),
   ]);
 }
 
@@ -192,7 +197,8 @@ type StoredSpec = readonly [
   inputs: string[],
   outputsPrefix: string | null,
   meta: Json,
-  notBefore?: number,
+  notBefore?: number | null,
+  concurrency?: readonly [key: string, limit: number],
 ];
 
 function partOf([firstTask, jobSeq, body]: Row): Part {
@@ -210,6 +216,7 @@ function partOf([firstTask, jobSeq, body]: Row): Part {
       outputsPrefix,
       meta,
       notBefore = null,
+      concurrency,
     ]): Spec => ({
       stage,
       queueId,
@@ -217,6 +224,7 @@ function partOf([firstTask, jobSeq, body]: Row): Part {
       maxAttempts,
       deadlineAt,
       notBefore,
+      concurrency: concurrency === undefined ? null : { key: concurrency[0], limit: concurrency[1] },
       label,
       stageName: stageName ?? label,
       inputs,

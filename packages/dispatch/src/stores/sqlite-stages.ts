@@ -77,7 +77,7 @@ export class Stages {
       }
       ledger.move(task, job, 'ready');
       ledger.emit(job, 'task.runnable', seq);
-      ledger.queues.add(spec.queueId, spec.priority, seq, ledger.now, true);
+      ledger.enqueue(job, spec, seq, true);
       opened.push(seq);
     }
     if (failure !== null) this.#failing.endRest(job, failure);

@@ -15,7 +15,16 @@
  *   what happens alike to neighbours is one row or one line.
  */
 import { MillraceError } from '@millrace/runner';
-import type { BusyNode, JobDetail, JobEvent, JobRecord, JobSpec, NodeMode, TaskRecord } from '../records.ts';
+import type {
+  BusyNode,
+  DomainStanding,
+  JobDetail,
+  JobEvent,
+  JobRecord,
+  JobSpec,
+  NodeMode,
+  TaskRecord,
+} from '../records.ts';
 import type {
   CompleteItem,
   DeadTasksQuery,
@@ -32,14 +41,15 @@ import type {
   ReleaseItem,
   StoreChange,
   StoreStats,
-  TaskStanding,
 } from '../store.ts';
+import type { Resources } from '../resources.ts';
 import type { Database } from './sqlite-database.ts';
 import { Ending } from './sqlite-ending.ts';
 import { Jobs } from './sqlite-jobs.ts';
 import { Leasing } from './sqlite-leasing.ts';
 import { Ledger } from './sqlite-ledger.ts';
 import type { WorkOptions } from './sqlite-model.ts';
+import type { Node } from './sqlite-nodes.ts';
 import { Reports } from './sqlite-reports.ts';
 
 export { SWEEP_TASKS } from './sqlite-ending.ts';
@@ -90,6 +100,11 @@ export class Work {
 
   activeLeases(nodeId: string): number {
     return this.#ledger.heldBy(nodeId)?.size ?? 0;
+  }
+
+  /** What the node's tasks take of what it has. */
+  inUse(node: Node): Resources {
+    return this.#ledger.room(node)?.usage.taken() ?? {};
   }
 
   submit(jobs: readonly NewJob[]): Outcome<{ readonly jobId: string; readonly created: boolean }>[] {
@@ -179,15 +194,25 @@ export class Work {
 
   /** @see Leasing.check */
   checkLease(ref: LeaseRef, domainId: string): string {
+    this.#ledger.begin();
     return this.#leasing.check(ref, domainId);
+  }
+
+  /** @see Leasing.keep */
+  keepLease(ref: LeaseRef): void {
+    this.#ledger.begin();
+    this.#leasing.keep(ref);
   }
 
   /** @see Leasing.attemptOf */
   leased(ref: LeaseRef): { readonly jobId: string; readonly attempt: number } {
+    this.#ledger.begin();
     return this.#leasing.attemptOf(ref);
   }
 
-  standing(taskId: string, countAhead: boolean): TaskStanding | null {
+  /** @see Leasing.standing */
+  standing(taskId: string, countAhead: boolean): ReturnType<Leasing['standing']> {
+    this.#ledger.begin();
     return this.#leasing.standing(taskId, countAhead);
   }
 
@@ -207,24 +232,47 @@ export class Work {
 
   queues(): QueueStanding[] {
     this.#ledger.begin();
-    const { queues, now } = this.#ledger;
-    return queues.inUse().map(({ queue, readySince }) => ({
-      capability: queue.capability,
-      filters: queue.filters,
-      mode: queue.mode,
-      organizationId: queue.organizationId,
-      ready: queue.ready,
-      blocked: queue.blocked,
-      delayed: queue.delayed,
-      held: queue.held,
-      oldestReadyAgeMs: readySince === null ? null : Math.max(0, now - readySince),
-    }));
+    const { queues, lanes, now } = this.#ledger;
+    const standings: QueueStanding[] = [];
+    for (const queue of queues.all()) {
+      const { capability, filters, mode, organizationId, resources } = queue;
+      const { ready, limited, blocked, delayed, held } = queue;
+      if (ready + blocked + delayed + held === 0) continue;
+      const since = lanes.oldestOf(queue);
+      standings.push({
+        capability,
+        filters,
+        mode,
+        organizationId,
+        ...(resources !== null && { resources }),
+        ready,
+        limited,
+        blocked,
+        delayed,
+        held,
+        oldestReadyAgeMs: since === null ? null : Math.max(0, now - since),
+      });
+    }
+    return standings;
+  }
+
+  /** @throws MillraceError `invalid_argument` */
+  setWeight(domainId: string, weight: number): void {
+    this.#ledger.domains.setWeight(domainId, weight);
+  }
+
+  domains(): DomainStanding[] {
+    return this.#ledger.domainStandings();
   }
 
   stats(): StoreStats {
     this.#ledger.begin();
-    const { totals, queues, now } = this.#ledger;
-    const oldest = queues.oldest();
+    const { totals, queues, lanes, now } = this.#ledger;
+    let oldest: number | null = null;
+    for (const queue of queues.all()) {
+      const since = queue.ready === 0 ? null : lanes.oldestOf(queue);
+      if (since !== null) oldest = Math.min(oldest ?? since, since);
+    }
     return {
       tasks: { ...totals.tasks },
       jobs: { ...totals.jobs },

@@ -1,6 +1,6 @@
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { copyFileSync, mkdtempSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { copyFileSync, mkdtempSync, readdirSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
@@ -8,10 +8,46 @@ import { fileURLToPath } from 'node:url';
 import { DatabaseSync } from '@photostructure/sqlite';
 import { SimulatedClock, seededRandom } from '@millrace/runner/testing';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import type { Store } from '../store.ts';
+import type { GrantedLease, Store } from '../store.ts';
+import { readMigrations } from './migrations.ts';
 import { MAX_NONCES } from './node-rules.ts';
 import { openSqliteStore } from './sqlite.ts';
 import { DOMAIN, Scene, jobOf, refOf, storeSuite, valueOf } from './suite.ts';
+
+/**
+ * Makes a database what it would be had the migrations up to this number made it. Neighbours that were ready in one queue were
+ * one range, whatever their domain.
+ */
+function downgrade(path: string, last: number): void {
+  const oldPath = `${path}.old`;
+  const old = new DatabaseSync(oldPath);
+  const migrations = readMigrations('sqlite').filter(({ id }) => id <= last);
+  for (const { sql } of migrations) old.exec(sql);
+  old.exec(`
+    ATTACH '${path}' AS new;
+    CREATE TABLE migrations AS SELECT * FROM new.migrations WHERE id <= ${last}`);
+  const columns = (schema: string, table: string): string[] =>
+    (old.prepare(`SELECT name FROM ${schema}.pragma_table_info('${table}')`).all() as { name: string }[]).map(
+      ({ name }) => name,
+    );
+  const tables = old.prepare("SELECT name FROM main.sqlite_schema WHERE type = 'table'").all() as {
+    name: string;
+  }[];
+  for (const { name } of tables) {
+    if (name === 'migrations' || name === 'ready') continue;
+    const there = new Set(columns('new', name));
+    const both = columns('main', name)
+      .filter((column) => there.has(column))
+      .join(', ');
+    old.exec(`INSERT INTO main.${name} (${both}) SELECT ${both} FROM new.${name}`);
+  }
+  old.exec(`
+    INSERT INTO main.ready SELECT queue_id, priority, min(first_task), max(last_task), since, fresh
+      FROM new.ready JOIN new.lanes ON lanes.id = lane_id GROUP BY queue_id, priority, since, fresh;
+    PRAGMA main.application_id = ${(old.prepare('PRAGMA new.application_id').get() as { application_id: number }).application_id}`);
+  old.close();
+  renameSync(oldPath, path);
+}
 
 storeSuite('sqlite', (options) => openSqliteStore({ path: ':memory:', ...options }));
 
@@ -91,13 +127,118 @@ describe('sqlite', () => {
       return (await store.queues()).map((queue) => ({ ...queue, oldestReadyAgeMs: null }));
     };
     expect(await counted()).toEqual(before);
-    const database = new DatabaseSync(path);
-    database.exec(`
-      DROP TABLE schedules; DROP TABLE redrives; DROP INDEX data_job;
-      ALTER TABLE queues DROP COLUMN blocked; ALTER TABLE queues DROP COLUMN delayed;
-      DELETE FROM migrations WHERE name = '0004-flow.sql'`);
-    database.close();
+    downgrade(path, 3);
     expect(await counted()).toEqual(before);
+  });
+
+  test('a database from before domains took turns goes on with all of its tasks', async () => {
+    const [first, second] = ['11111111-0000-4000-8000-000000000000', '22222222-0000-4000-8000-000000000000'];
+    const later = { not_before: '2999-01-01T00:00:00.000Z' };
+    const edges = [{ from: 'a', to: 'b' }];
+    let held: GrantedLease;
+    let node: string;
+    {
+      await using store = await openSqliteStore({ path });
+      const scene = new Scene(store);
+      node = await scene.node();
+      await scene.submit([{ label: 'held' }, { label: 'other', capability: '/other/v1' }]);
+      held = await scene.take(node);
+      // Of one moment, so that the old database had all of them in one row.
+      await store.submit(
+        [
+          jobOf([{ label: 'p0' }, { label: 'p1' }, { label: 'p2' }], { domain_id: first }),
+          jobOf([{ label: 'q0' }, { label: 'q1' }], { domain_id: second }),
+          jobOf([{ label: 'a' }, { label: 'b' }, { label: 'waits', ...later }], { domain_id: second, edges }),
+        ].map((spec) => ({ ...newJob(), organizationId: 'org-1', spec })),
+      );
+    }
+    downgrade(path, 4);
+    const database = new DatabaseSync(path);
+    expect(database.prepare('SELECT first_task, last_task FROM ready').all()).toEqual([
+      { first_task: 3, last_task: 8 },
+      { first_task: 2, last_task: 2 },
+    ]);
+    database.close();
+    {
+      await using store = await openSqliteStore({ path });
+      const scene = new Scene(store);
+      expect(await store.domains()).toMatchObject([{ ready: 3 }, { ready: 3 }, { ready: 1, held: 1 }]);
+      const leases = await scene.lease(node, 9);
+      expect(leases.map(({ task }) => task.label)).toEqual(['p0', 'q0', 'p1', 'q1', 'p2', 'a']);
+      for (const lease of [held, ...leases]) expect(await scene.complete(refOf(lease))).toBe('ok');
+      expect((await scene.take(node)).task.label).toBe('b');
+      expect(await scene.lease(node)).toEqual([]);
+    }
+    await using store = await openSqliteStore({ path });
+    expect(await store.queues()).toMatchObject([
+      { ready: 0, delayed: 1, held: 1 },
+      { capability: '/other/v1', ready: 1 },
+    ]);
+  });
+
+  test('what is held of each key and of each node, and weights, outlive the process', async () => {
+    const [first, second] = ['11111111-0000-4000-8000-000000000000', '22222222-0000-4000-8000-000000000000'];
+    const keyed = { concurrency: { key: 'k', limit: 2 }, resources: { cpu: 1.5 } };
+    const tasks = Array.from({ length: 6 }, (_, index) => ({ label: `t${index}`, ...keyed }));
+    let node: string;
+    let held: readonly GrantedLease[];
+    {
+      await using store = await openSqliteStore({ path });
+      const scene = new Scene(store);
+      node = await scene.node({ resources: { cpu: 4 } });
+      await store.setWeight(second, 3);
+      await scene.submit(tasks, { domain_id: first });
+      held = await scene.lease(node, 9);
+      expect(held).toHaveLength(2);
+      await scene.submit(tasks, { domain_id: second });
+    }
+    await using store = await openSqliteStore({ path });
+    const scene = new Scene(store);
+    expect(await store.getNode(node)).toMatchObject({ resources: { cpu: 4 }, resources_in_use: { cpu: 3 } });
+    expect(await store.domains()).toEqual([
+      { domain_id: first, weight: 1, ready: 4, held: 2 },
+      { domain_id: second, weight: 3, ready: 6, held: 0 },
+    ]);
+    expect(await store.queues()).toMatchObject([{ ready: 10, limited: 4 }]);
+    expect(await scene.lease(node, 9)).toEqual([]);
+    await scene.complete(refOf(held[0]!));
+    const [next] = await scene.lease(node, 9);
+    expect(next?.domainId).toBe(first);
+    const other = await scene.node();
+    expect((await scene.lease(other, 9)).map(({ domainId }) => domainId)).toEqual([second, second]);
+  });
+
+  test('a transaction that is rolled back leaves lanes, keys and nodes as they were', async () => {
+    // The disk is full for whatever makes the file larger.
+    await using store = await openSqliteStore({ path, maxBytes: 700 * 1024 });
+    const scene = new Scene(store);
+    const node = await scene.node({ resources: { cpu: 8 } });
+    const keyed = { concurrency: { key: 'k', limit: 2 } };
+    await scene.submit([
+      { label: 'a', ...keyed },
+      { label: 'b', ...keyed },
+      { label: 'c', ...keyed },
+      { label: 'd' },
+    ]);
+    const [a] = await scene.lease(node, 1);
+    const meta = 'x'.repeat(1_000_000);
+    const large = { ...newJob(), spec: jobOf([{ label: 'large', meta, ...keyed }]) };
+    // The large one last: those before it are done by then.
+    const outcomes = await Promise.allSettled([
+      scene.complete(refOf(a!)),
+      scene.lease(node, 9),
+      store.submit([large]),
+    ]);
+    // They shared a transaction, and the second of them had picked its tasks.
+    expect(outcomes.map(({ status }) => status)).toEqual(['rejected', 'rejected', 'rejected']);
+    expect(await store.queues()).toMatchObject([{ ready: 3, limited: 0, held: 1 }]);
+    expect((await store.getNode(node))?.resources_in_use).toEqual({ cpu: 1 });
+    expect((await scene.lease(node, 9)).map(({ task }) => task.label)).toEqual(['b', 'd']);
+    expect(await store.queues()).toMatchObject([{ ready: 1, limited: 1, held: 3 }]);
+    expect((await store.getNode(node))?.resources_in_use).toEqual({ cpu: 3 });
+    await scene.complete(refOf(a!));
+    expect((await scene.lease(node, 9)).map(({ task }) => task.label)).toEqual(['c']);
+    expect(await store.queues()).toMatchObject([{ ready: 0, limited: 0, held: 3 }]);
   });
 
   test('results to be given again, and the jobs that ask for them, outlive the process', async () => {
@@ -326,8 +467,8 @@ describe('sqlite', () => {
     expect((await scene.job(jobId)).receipts).toHaveLength(71);
     clock.jumpWallClock(15_000);
     expect((await store.sweep()).rescued).toBe(20);
-    expect(await scene.complete(refOf(held))).toBe('aborted');
-    expect(await scene.lease(node, 99)).toHaveLength(30);
+    expect(await scene.complete(refOf(held))).toBe('ok');
+    expect(await scene.lease(node, 99)).toHaveLength(29);
   });
 
   test('tasks with little and with much to say are read back one by one', async () => {

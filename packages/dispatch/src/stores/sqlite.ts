@@ -13,6 +13,7 @@ import type {
   BusyNode,
   ComputeRecord,
   DataRecord,
+  DomainStanding,
   JobDetail,
   JobEvent,
   JobRecord,
@@ -52,6 +53,7 @@ import type {
   PutComputeAnswer,
   QueueStanding,
   ReleaseItem,
+  SmallBytes,
   Standby,
   Store,
   StoreChange,
@@ -64,8 +66,9 @@ import { parseCursor } from './cursors.ts';
 import { GroupCommit, closedError } from './group-commit.ts';
 import type { Schedule, Transaction } from './group-commit.ts';
 import { uuidV7 } from './ids.ts';
+import { SMALL_BYTES, SmallItems } from './sqlite-bytes.ts';
 import { Computes } from './sqlite-computes.ts';
-import { Data } from './sqlite-data.ts';
+import { Data, type DataLeases } from './sqlite-data.ts';
 import { Database } from './sqlite-database.ts';
 import { Logs } from './sqlite-logs.ts';
 import { Nodes } from './sqlite-nodes.ts';
@@ -109,7 +112,11 @@ const LIST_SPAN = 2000;
 /** A batch of a pruning shares its commit with nothing large. */
 const PRUNE_WEIGHT = 2000;
 
+/** So many bytes of a small item take about as long to write as one task. */
+const BYTES_LIKE_A_TASK = 2048;
+
 class SqliteStore implements Store {
+  readonly small: SmallBytes;
   readonly #database: Database;
   readonly #work: Work;
   readonly #nodes: Nodes;
@@ -149,14 +156,25 @@ class SqliteStore implements Store {
       },
       node: (id) => this.#nodes.get(id),
     });
-    this.#nodes = new Nodes(this.#database, clock, newId, (nodeId) => this.#work.activeLeases(nodeId));
-    this.#data = new Data(this.#database, clock, newId, (ref, domainId) =>
-      this.#work.checkLease(ref, domainId),
+    this.#nodes = new Nodes(
+      this.#database,
+      clock,
+      newId,
+      (nodeId) => this.#work.activeLeases(nodeId),
+      (node) => this.#work.inUse(node),
     );
+    const small = new SmallItems(this.#database);
+    this.small = { maxBytes: SMALL_BYTES, get: (digest) => this.#read(() => small.get(digest)) };
+    const leases: DataLeases = {
+      check: (ref, domainId) => this.#work.checkLease(ref, domainId),
+      keep: (ref) => this.#work.keepLease(ref),
+    };
+    this.#data = new Data(this.#database, clock, newId, leases, small);
     this.#computes = new Computes(this.#database, clock);
     this.#schedules = new Schedules(this.#database, clock, newId);
     this.#logs = new Logs(this.#database, {
       leased: (item) => this.#work.leased(item),
+      keep: (item) => this.#work.keepLease(item),
       standing: (taskId) => this.#work.standing(taskId, false),
     });
     this.#group = new GroupCommit(this.#transaction(), this.#schedule);
@@ -293,7 +311,12 @@ class SqliteStore implements Store {
   }
 
   standing(taskId: string): Promise<TaskStanding | null> {
-    return this.#read(() => this.#work.standing(taskId, true));
+    return this.#read(() => {
+      const standing = this.#work.standing(taskId, true);
+      if (standing === null) return null;
+      const { lapsed: _, ...rest } = standing;
+      return rest;
+    });
   }
 
   putSchedule(schedule: NewSchedule): Promise<ScheduleRecord> {
@@ -368,7 +391,10 @@ class SqliteStore implements Store {
   }
 
   putData(writes: readonly DataWrite[]): Promise<readonly DataRecord[]> {
-    return this.#group.run(writes.length, () => this.#data.put(writes));
+    const bytes = writes.reduce((sum, write) => sum + (write.bytes?.length ?? 0), 0);
+    return this.#group.run(writes.length + Math.ceil(bytes / BYTES_LIKE_A_TASK), () =>
+      this.#data.put(writes),
+    );
   }
 
   getData(domainId: string, id: string): Promise<DataRecord | null> {
@@ -434,6 +460,14 @@ class SqliteStore implements Store {
 
   queues(): Promise<readonly QueueStanding[]> {
     return this.#read(() => this.#work.queues());
+  }
+
+  setWeight(domainId: string, weight: number): Promise<void> {
+    return this.#group.run(1, () => this.#work.setWeight(domainId, weight));
+  }
+
+  domains(): Promise<readonly DomainStanding[]> {
+    return this.#read(() => this.#work.domains());
   }
 
   stats(): Promise<StoreStats> {
