@@ -24,6 +24,18 @@ export interface PutOptions {
   readonly signal?: AbortSignal;
 }
 
+export interface PutPartOptions extends PutOptions {
+  /** Where the part will begin in the whole, if that is known: a store may put it there at once, which makes joining cheap. */
+  readonly at?: number;
+}
+
+/** A part as it was answered when it was put. */
+export interface StagedPart {
+  readonly partNumber: number;
+  readonly digest: string;
+  readonly size: number;
+}
+
 export interface BlobStore extends AsyncDisposable {
   /**
    * Whose blobs these are: the first id this was called with is kept beside them, and is the answer ever after. Only the
@@ -41,15 +53,17 @@ export interface BlobStore extends AsyncDisposable {
    */
   open(digest: string, range?: { readonly start?: number; readonly end?: number }): Promise<Readable>;
   /** Staging for a chunked upload: parts may arrive in any order and again. Returns the part's digest. */
-  putPart(uploadId: string, partNumber: number, bytes: ByteStream, options: PutOptions): Promise<BlobInfo>;
+  putPart(
+    uploadId: string,
+    partNumber: number,
+    bytes: ByteStream,
+    options: PutPartOptions,
+  ): Promise<BlobInfo>;
   /**
    * Joins parts 1..n in order into one blob; none give the empty blob. The staging stays until {@link dropParts}, so
    * whoever crashes before the result is named can join again. `data_loss` when a part is not the one of that digest.
    */
-  joinParts(
-    uploadId: string,
-    parts: readonly { readonly partNumber: number; readonly digest: string }[],
-  ): Promise<BlobInfo>;
+  joinParts(uploadId: string, parts: readonly StagedPart[]): Promise<BlobInfo>;
   /** Drops the staging. Harmless when there is none. */
   dropParts(uploadId: string): Promise<void>;
   /** Every upload that has staging, with the time of its newest part, epoch milliseconds. */
@@ -68,6 +82,33 @@ export interface BlobStore extends AsyncDisposable {
   sweep?(beforeMs: number, signal?: AbortSignal): Promise<number>;
   /** Absent where bytes cannot be read but through this store, or may not. */
   readonly direct?: DirectReads;
+  /** Absent where bytes cannot be written but through this store, or may not, or where whoever has them could write others. */
+  readonly directParts?: DirectParts;
+}
+
+/** A part of a chunked upload, by what is in it. */
+export interface StatedPart extends BlobInfo {
+  readonly partNumber: number;
+}
+
+/** Writing parts of chunked uploads to where the bytes are, past the dispatcher. */
+export interface DirectParts {
+  /** Every URL begins with this: scheme, host and port. */
+  readonly origin: string;
+  /**
+   * A request by which whoever has it may put that part, for `validSecs` (1 to 604,800) and as often as they like, so it is a
+   * secret. The bytes have to be the stated ones: others are refused by the place itself. Like {@link BlobStore.putPart} it replaces the
+   * part of before, and like there the part is dropped with its upload.
+   */
+  put(uploadId: string, part: StatedPart, validSecs: number): Promise<DirectPut>;
+  /** The size of that part, if it is there; else null. */
+  size(uploadId: string, partNumber: number, digest: string): Promise<number | null>;
+}
+
+export interface DirectPut {
+  readonly url: string;
+  /** To be sent as they are, besides what says how long the body is. */
+  readonly headers: Readonly<Record<string, string>>;
 }
 
 /** Reading from where the bytes are, past the dispatcher. */

@@ -68,7 +68,7 @@ export interface DispatcherLimits {
   readonly eventsPerHeartbeat: number;
   /** Time a client may take to send headers, and the longest silence in a body. Default 30 s. */
   readonly slowClientMs: number;
-  /** Registrations' and logins' requests from one address at once; a tenth of it per second afterwards. Default 500. */
+  /** Registrations and logins that one address may begin at once; a tenth of it per second afterwards. Default 1000. */
   readonly loginBurst: number;
 }
 

@@ -342,6 +342,64 @@ const CASES: readonly Case[] = [
     ],
   },
   {
+    title: 'its key is full',
+    task: { concurrency: { key: 'customer-7', limit: 2 } },
+    nodes: [node('a')],
+    standing: { heldOfKey: 2, ahead: { higherPriority: 0, older: 1 } },
+    reasons: [
+      ['key_busy', '2 of 2 tasks with key "customer-7" are running; it is given out when one of them ends'],
+    ],
+  },
+  {
+    title: 'its key is more than full, and no node could do it anyway',
+    task: { concurrency: { key: 'k', limit: 1 }, resources: { gpu: 1 } },
+    nodes: [node('a')],
+    standing: { heldOfKey: 2 },
+    reasons: [
+      ['key_busy', '2 of 1 tasks with key "k" are running; it is given out when there are fewer'],
+      ['node_too_small', 'node a (registered no gpu) is too small: it takes 1 gpu'],
+    ],
+  },
+  {
+    title: 'its key has room',
+    task: { concurrency: { key: 'k', limit: 2 } },
+    nodes: [node('a')],
+    standing: { heldOfKey: 1 },
+    reasons: [['waiting_for_node', 'node a has a free slot and may take it at the next request for work']],
+  },
+  {
+    title: 'nodes are too small for it, each in another way',
+    task: { resources: { cpu: 8, memory: 3 * 2 ** 30 } },
+    nodes: [
+      node('a', { resources: { cpu: 4, memory: 2 ** 40 }, resources_in_use: {} }),
+      node('b', { resources: { cpu: 8, memory: 1.5 * 2 ** 30 }, resources_in_use: { cpu: 8 } }),
+      node('c', { resources: { cpu: 64 }, resources_in_use: {} }),
+    ],
+    reasons: [
+      [
+        'node_too_small',
+        'nodes a (has 4 cpu), b (has 1.5 GiB of memory) and c (registered no memory) are too small: it takes 8 cpu, 3 GiB of memory',
+      ],
+    ],
+  },
+  {
+    title: 'nodes have no room for it now',
+    task: {},
+    nodes: [
+      node('a', { resources: { cpu: 4 }, resources_in_use: { cpu: 3.5 }, active_leases: 1 }),
+      node('b', { resources: { cpu: 0.5 }, resources_in_use: {} }),
+    ],
+    standing: { ahead: { higherPriority: 0, older: 2 } },
+    reasons: [
+      [
+        'no_room',
+        'node a (0.5 cpu left) has no room for it now: it takes 1 cpu; once it has waited 30 s, the node takes nothing of its priority or below before it',
+      ],
+      ['behind_others', '2 tasks come before it: 0 of higher priority, 2 of its priority (0) and older'],
+      ['node_too_small', 'node b (has 0.5 cpu) is too small: it takes 1 cpu'],
+    ],
+  },
+  {
     title: 'it was taken and nothing has been heard since',
     task: { status: 'leased', reserved_by: 'id-gone', lease_expires_at: at(-400) },
     nodes: [node('a')],
@@ -515,6 +573,9 @@ describe('explainTask', () => {
       node_not_entitled: true,
       nodes_away: true,
       slots_busy: true,
+      key_busy: true,
+      node_too_small: true,
+      no_room: true,
       behind_others: true,
       waiting_for_node: true,
       leased: true,
@@ -591,6 +652,18 @@ describe('explainJob', () => {
       ['slots_busy', 2, ['t4', 't5']],
       ['no_node_with_capability', 1, ['t6']],
       ['failed', 1, ['t7']],
+    ]);
+  });
+
+  test('tasks that wait for one key are one group, with how many of it run', () => {
+    const keyed = (id: string, key: string, limit: number): TaskRecord =>
+      task({ id, concurrency: { key, limit } });
+    const job = detail([keyed('t1', 'x', 2), keyed('t2', 'x', 2), keyed('t3', 'x', 3), keyed('t4', 'y', 2)]);
+    const heldOfKeys = new Map([['x', 2]]);
+    const told = explainJob({ nowMs: NOW, job, nodes: [node('a')], heldOfKeys });
+    expect(told.groups.map(({ reason, count }) => [reason.code, count])).toEqual([
+      ['key_busy', 2],
+      ['waiting_for_node', 2],
     ]);
   });
 

@@ -3,8 +3,8 @@
  * people. Pure: a snapshot of records in, reasons out. The rules themselves are `lifecycle.ts` and `stores/matching.ts`.
  *
  * A task that waits is looked at from its own side first (a stage before it, a retry's delay), then from the nodes'. Each node
- * is judged by the first thing that keeps it from the task: the capability, a label, whom it works for, that it is away,
- * that its slots are taken. What keeps the nearest ones comes first; nodes that are further away are told of when no node
+ * is judged by the first thing that keeps it from the task: the capability, a label, whom it works for, its size, that it is
+ * away, that its slots are taken, or what else it does. What keeps the nearest ones comes first; nodes that are further away are told of when no node
  * is about to take the task.
  */
 import type { Json } from '@millrace/runner';
@@ -21,6 +21,8 @@ import type {
 } from './records.ts';
 import type { NodeWait } from './node-wait.ts';
 import type { TaskStanding } from './store.ts';
+import { OVERTAKING_MS, Usage, shortage } from './stores/fitting.ts';
+import type { Shortage } from './stores/fitting.ts';
 import { differingLabel, match } from './stores/matching.ts';
 
 /**
@@ -35,6 +37,14 @@ const LISTED = 10;
 export interface NodeName {
   readonly node_id: string;
   readonly name: string;
+}
+
+/** What a node has too little of. */
+export interface Lack {
+  readonly resource: string;
+  readonly needed: number;
+  /** What it has, or has left. */
+  readonly free: number;
 }
 
 export type Reason = { readonly message: string } & (
@@ -94,6 +104,25 @@ export type Reason = { readonly message: string } & (
       readonly code: 'slots_busy';
       readonly count: number;
       readonly nodes: readonly (NodeName & { readonly slots: number; readonly in_use: number })[];
+    }
+  | {
+      /** As many tasks of its key are leased or running as its limit allows. */
+      readonly code: 'key_busy';
+      readonly key: string;
+      readonly limit: number;
+      readonly running: number;
+    }
+  | {
+      /** Nodes that have less of something than the task takes, whatever else they do. */
+      readonly code: 'node_too_small';
+      readonly count: number;
+      readonly nodes: readonly (NodeName & Lack)[];
+    }
+  | {
+      /** Nodes that are large enough and have no room beside what they do now. */
+      readonly code: 'no_room';
+      readonly count: number;
+      readonly nodes: readonly (NodeName & Lack)[];
     }
   | {
       readonly code: 'behind_others';
@@ -201,6 +230,8 @@ export interface JobSnapshot {
   readonly nodes: readonly NodeRecord[];
   /** Of running tasks, by their ids, what they wait for on their nodes. Default: nothing that is known. */
   readonly waits?: ReadonlyMap<string, NodeWait>;
+  /** By key, how many tasks of it are leased or running. Default: not known, but for a task whose standing tells it. */
+  readonly heldOfKeys?: ReadonlyMap<string, number>;
 }
 
 /** `standing`: null leaves out since when it is held, and its place in line. */
@@ -295,12 +326,16 @@ function inCommon(task: TaskRecord, reason: Reason): unknown {
     case 'failed':
     case 'canceled':
       return reason.reason;
+    case 'key_busy':
+      return [reason.key, reason.limit];
     case 'no_node_registered':
     case 'no_node_with_capability':
     case 'label_differs':
     case 'node_not_entitled':
     case 'nodes_away':
     case 'slots_busy':
+    case 'node_too_small':
+    case 'no_room':
     case 'behind_others':
     case 'waiting_for_node':
       return demandKey(task);
@@ -310,7 +345,8 @@ function inCommon(task: TaskRecord, reason: Reason): unknown {
 }
 
 function demandKey(task: TaskRecord): string {
-  return JSON.stringify([task.capability, task.capability_filters, task.mode, task.organization_id]);
+  const { capability, capability_filters, mode, organization_id, resources } = task;
+  return JSON.stringify([capability, capability_filters, mode, organization_id, resources]);
 }
 
 /** What is the same for all tasks of a job is found out once. */
@@ -323,9 +359,11 @@ class View {
   readonly #stages = new Map<string, { tasks: number; left: number }>();
   readonly #receipts = new Map<string, ReceiptRecord[]>();
   readonly #waits: ReadonlyMap<string, NodeWait>;
+  readonly #heldOfKeys: ReadonlyMap<string, number>;
 
-  constructor({ nowMs, job, nodes, waits = new Map() }: JobSnapshot) {
+  constructor({ nowMs, job, nodes, waits = new Map(), heldOfKeys = new Map() }: JobSnapshot) {
     this.#waits = waits;
+    this.#heldOfKeys = heldOfKeys;
     this.#now = nowMs;
     this.#job = job;
     this.#nodes = nodes.filter((node) => node.registered_at !== null);
@@ -464,9 +502,13 @@ class View {
       });
     }
     const nodes = this.#reasonsOfNodes(task);
-    const able = nodes.some(({ code }) => code === 'waiting_for_node' || code === 'slots_busy');
+    const able = nodes.some(
+      ({ code }) => code === 'waiting_for_node' || code === 'slots_busy' || code === 'no_room',
+    );
     // Whether somebody has time for it matters when its own time has come; that nobody can do it always does.
     if (reasons.length > 0) return able ? reasons : [...reasons, ...nodes];
+    const busy = this.#keyBusy(task, standing);
+    if (busy !== null) return able ? [busy] : [busy, ...nodes];
     const ahead = standing?.ahead;
     if (ahead && able && ahead.higherPriority + ahead.older > 0) {
       const { higherPriority: higher_priority, older } = ahead;
@@ -479,6 +521,20 @@ class View {
       });
     }
     return [...nodes.slice(0, 1), ...reasons, ...nodes.slice(1)];
+  }
+
+  #keyBusy({ concurrency }: TaskRecord, standing: TaskStanding | null): Reason | null {
+    if (concurrency === undefined) return null;
+    const { key, limit } = concurrency;
+    const running = standing?.heldOfKey ?? this.#heldOfKeys.get(key) ?? 0;
+    if (running < limit) return null;
+    return {
+      code: 'key_busy',
+      key,
+      limit,
+      running,
+      message: `${running} of ${limit} tasks with key ${JSON.stringify(key)} are running; it is given out when ${running === limit ? 'one of them ends' : 'there are fewer'}`,
+    };
   }
 
   #waitingForStages(task: TaskRecord): Reason {
@@ -536,19 +592,26 @@ class View {
         },
       ];
     }
+    const { resources } = task;
     const demand = { capability, filters, mode, organizationId };
     const labelled: (NodeRecord & { readonly label: string })[] = [];
     const notEntitled: NodeRecord[] = [];
     const away: NodeRecord[] = [];
+    const small: (NodeRecord & { readonly lack: Lack })[] = [];
+    const cramped: (NodeRecord & { readonly lack: Lack })[] = [];
     const full: NodeRecord[] = [];
     const free: NodeRecord[] = [];
     for (const node of offering) {
       const label = differingLabel(filters, node.labels);
+      const lacking = shortage(resources, node.resources);
+      const short = lacking ?? shortNow(resources, node);
       if (label !== null) labelled.push({ ...node, label });
-      else if (match(demand, { ...node, organizationId: node.organization_id }) === 'never')
+      else if (match(demand, { ...node, organizationId: node.organization_id, resources: null }) === 'never')
         notEntitled.push(node);
+      else if (lacking !== null) small.push({ ...node, lack: lackOf(lacking) });
       else if (node.active_leases >= node.max_concurrency) full.push(node);
       else if (node.active_leases === 0 && this.#isAway(node)) away.push(node);
+      else if (short !== null) cramped.push({ ...node, lack: lackOf(short) });
       else free.push(node);
     }
     if (free.length > 0) {
@@ -577,6 +640,14 @@ class View {
         message: `every slot of ${names(full, (node) => `${node.active_leases} of ${node.max_concurrency}`)} is busy`,
       });
     }
+    if (cramped.length > 0) {
+      reasons.push({
+        code: 'no_room',
+        count: cramped.length,
+        nodes: cramped.slice(0, LISTED).map(({ lack, ...node }) => ({ ...nameOf(node), ...lack })),
+        message: `${names(cramped, ({ lack }) => `${amount(lack, lack.free)} left`)} ${cramped.length === 1 ? 'has' : 'have'} no room for it now: it takes ${needs(cramped)}; once it has waited ${span(OVERTAKING_MS)}, ${cramped.length === 1 ? 'the node takes' : 'these nodes take'} nothing of its priority or below before it`,
+      });
+    }
     if (away.length > 0) {
       reasons.push({
         code: 'nodes_away',
@@ -597,6 +668,14 @@ class View {
           organization_id: node.organization_id,
         })),
         message: `${names(notEntitled, (node) => `${node.mode}, of ${node.organization_id}`)} may not take it: the task is ${mode} and of ${organizationId ?? 'no organization'}; dedicated nodes serve their own organization, public nodes public tasks`,
+      });
+    }
+    if (small.length > 0) {
+      reasons.push({
+        code: 'node_too_small',
+        count: small.length,
+        nodes: small.slice(0, LISTED).map(({ lack, ...node }) => ({ ...nameOf(node), ...lack })),
+        message: `${names(small, ({ lack }) => (lack.free === 0 ? `registered no ${lack.resource}` : `has ${amount(lack, lack.free)}`))} ${small.length === 1 ? 'is' : 'are'} too small: it takes ${needs(small)}`,
       });
     }
     if (labelled.length > 0) {
@@ -654,6 +733,38 @@ class View {
   #ago(iso: string): string {
     return span(this.#now - Date.parse(iso));
   }
+}
+
+/** What the task takes more of than the node has left beside what it does now. */
+function shortNow(
+  demand: TaskRecord['resources'],
+  { resources, resources_in_use }: NodeRecord,
+): Shortage | null {
+  if (resources === undefined) return null;
+  const usage = new Usage(resources);
+  if (resources_in_use !== undefined) usage.addTaken(resources_in_use);
+  return usage.shortage(demand);
+}
+
+function lackOf({ name, needed, free }: Shortage): Lack {
+  return { resource: name, needed, free };
+}
+
+/** What is lacking somewhere, each once. */
+function needs(nodes: readonly { readonly lack: Lack }[]): string {
+  return [...new Set(nodes.map(({ lack }) => amount(lack, lack.needed)))].join(', ');
+}
+
+const UNITS = ['TiB', 'GiB', 'MiB', 'KiB'];
+
+/** `2 cpu`, `512 MiB of memory`. */
+function amount({ resource }: Lack, value: number): string {
+  if (resource !== 'memory') return `${value} ${resource}`;
+  const at = UNITS.findIndex((_, index) => value >= 1024 ** (UNITS.length - index));
+  const size = 1024 ** (UNITS.length - at);
+  return at === -1
+    ? `${value} bytes of memory`
+    : `${Number((value / size).toFixed(2))} ${UNITS[at]} of memory`;
 }
 
 /** A filter in a line: a value, or its operators as they were written. */

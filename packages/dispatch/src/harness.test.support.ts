@@ -153,7 +153,12 @@ export class Harness implements AsyncDisposable {
 
   /** A node that is registered and logged in. */
   async joinNode(
-    options: { capabilities?: string[]; maxConcurrency?: number; labels?: Record<string, string> } = {},
+    options: {
+      capabilities?: string[];
+      maxConcurrency?: number;
+      labels?: Record<string, string>;
+      resources?: unknown;
+    } = {},
   ): Promise<TestNode> {
     const { id, credentials } = await this.addNode();
     const privateKey = generatePrivateKeyHex();
@@ -166,6 +171,7 @@ export class Harness implements AsyncDisposable {
         version: '1.2.3',
         ...(options.maxConcurrency === undefined ? {} : { max_concurrency: options.maxConcurrency }),
         ...(options.labels === undefined ? {} : { labels: options.labels }),
+        ...(options.resources === undefined ? {} : { resources: options.resources }),
       },
     });
     if (registered.status !== 200)

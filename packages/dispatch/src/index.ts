@@ -6,12 +6,15 @@ export { openFileBlobs } from './blobs/files.ts';
 export { parseJobSpec } from './job-spec.ts';
 export type { JobSpecOptions } from './job-spec.ts';
 export type { BlobInfo, BlobStore, PutOptions } from './blobs.ts';
-export { JOB_STATUSES, TASK_STATUSES } from './records.ts';
+export { JOB_STATUSES, MAX_WEIGHT, TASK_STATUSES } from './records.ts';
+export type { Resources } from './resources.ts';
 export type {
   AttemptOutcome,
   BusyNode,
   ComputeRecord,
+  ConcurrencyLimit,
   DataRecord,
+  DomainStanding,
   JobDetail,
   JobEvent,
   JobRecord,

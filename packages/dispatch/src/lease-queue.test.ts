@@ -1,5 +1,6 @@
 import { setMaxListeners } from 'node:events';
 import { systemClock } from '@millrace/runner';
+import { SimulatedClock } from '@millrace/runner/testing';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { until } from './harness.test.support.ts';
 import { parseJobSpec } from './job-spec.ts';
@@ -225,6 +226,51 @@ describe.each([
     expect(await ask(await addNode())).toEqual({ leases: [], busy: false });
   });
 });
+
+test('of a thousand that wait, eight look every five seconds although nothing was signalled', async () => {
+  const clock = new SimulatedClock();
+  const nodes = await Promise.all(Array.from({ length: 1000 }, () => addNode()));
+  let asked = 0;
+  const deaf = new Proxy(store, {
+    get(target, name) {
+      if (name === 'standBy') return () => ({ [Symbol.dispose]() {} });
+      if (name === 'lease') {
+        return (requests: readonly LeaseRequest[]) => {
+          asked += requests.length;
+          return target.lease(requests);
+        };
+      }
+      const value: unknown = Reflect.get(target, name);
+      return typeof value === 'function' ? value.bind(target) : value;
+    },
+  });
+  await using lone = new LeaseQueue({ store: deaf, signals: new Signals(deafTo(store)), clock });
+  const waiting = nodes.map((nodeId) =>
+    lone.lease({ nodeId, max: 1, capabilities: null, start: false }, 60_000, NEVER),
+  );
+  await until(() => lone.waiting === 1000);
+  asked = 0;
+  await submit(3);
+  await clock.advance(4_999);
+  expect(asked).toBe(0);
+  await clock.advance(1);
+  await until(() => lone.waiting === 997);
+  expect(asked).toBe(8);
+  await lone.close();
+  const answers = await Promise.all(waiting);
+  expect(answers.filter(({ leases }) => leases.length > 0)).toHaveLength(3);
+});
+
+/** A store that says nothing of its changes, as one does whose connection for news has gone. */
+function deafTo(real: Store): Store {
+  return new Proxy(real, {
+    get(target, name) {
+      if (name === 'subscribe') return () => ({ [Symbol.dispose]() {} });
+      const value: unknown = Reflect.get(target, name);
+      return typeof value === 'function' ? value.bind(target) : value;
+    },
+  });
+}
 
 test('a waiter whose question is with the store is not asked again by the commit that comes first', async () => {
   standsBy = false;

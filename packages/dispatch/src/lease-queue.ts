@@ -12,14 +12,17 @@
  *
  * Which tasks a node may take is in its record, which a new registration changes; a line's key is therefore made
  * when the wait begins and is only a hint. Should two nodes of a line differ by now, the periodic look (`RECHECK_MS`)
- * still finds the task.
+ * of some of each line still finds the task, or else their next requests do.
  */
 import { MillraceError, type Clock, type Timer } from '@millrace/runner';
 import type { LeaseAnswer, LeaseRequest, Outcome, Store } from './store.ts';
 import type { Signals } from './signals.ts';
 
-/** How often every waiter asks although nothing was signalled. */
+/** How often lines ask although nothing was signalled. */
 const RECHECK_MS = 5_000;
+
+/** So many of each line do: all of a thousand would be a thousand questions each time, for nothing as a rule. */
+const RECHECK_ASKERS = 8;
 
 /** Most questions in one batch, so that one wake never makes one long transaction. */
 const MAX_BATCH = 128;
@@ -179,6 +182,8 @@ export class LeaseQueue implements AsyncDisposable {
       node.capabilities,
       Object.entries(node.labels).toSorted(([a], [b]) => (a < b ? -1 : 1)),
       request.capabilities,
+      // What one such node has no room for may be just right for the next, and only it is helped when a task of its own ends.
+      node.resources === undefined ? null : node.id,
     ]);
   }
 
@@ -193,7 +198,7 @@ export class LeaseQueue implements AsyncDisposable {
       () => {
         this.#recheck = null;
         if (this.#closed || this.#lines.size === 0) return;
-        for (const line of this.#lines.values()) line.ask = line.waiters.size;
+        for (const line of this.#lines.values()) line.ask = Math.max(line.ask, RECHECK_ASKERS);
         this.#start();
         this.#armRecheck();
       },

@@ -7,8 +7,16 @@
 import { isUtf8 } from 'node:buffer';
 import { randomUUID } from 'node:crypto';
 import { setMaxListeners } from 'node:events';
-import type { AddressInfo, Socket } from 'node:net';
-import { MillraceError, NO_TRACES, systemClock, type JsonObject, type Logger } from '@millrace/runner';
+import { readFileSync } from 'node:fs';
+import type { AddressInfo, Server, Socket } from 'node:net';
+import {
+  MillraceError,
+  NO_TRACES,
+  systemClock,
+  type Clock,
+  type JsonObject,
+  type Logger,
+} from '@millrace/runner';
 import { fastify, type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify';
 import { BearerAuth } from './auth.ts';
 import { BodyWatch } from './body-watch.ts';
@@ -20,6 +28,7 @@ import { registerComputeRoutes } from './routes/computes.ts';
 import { registerDdsRoutes } from './routes/dds.ts';
 import { registerDmsRoutes } from './routes/dms.ts';
 import { registerDomainRoutes } from './routes/domain.ts';
+import { registerDomainsRoutes } from './routes/domains.ts';
 import { registerJobRoutes } from './routes/jobs.ts';
 import { registerNodeRoutes } from './routes/nodes.ts';
 import { registerScheduleRoutes } from './routes/schedules.ts';
@@ -46,7 +55,7 @@ export const DEFAULT_LIMITS: DispatcherLimits = {
   taskLogBytes: 16 * 1024 * 1024,
   eventsPerHeartbeat: 1024,
   slowClientMs: 30_000,
-  loginBurst: 500,
+  loginBurst: 1_000,
 };
 
 const CLIENT_TOKEN_SECS = 30 * 24 * 3600;
@@ -54,11 +63,21 @@ const CLIENT_TOKEN_SECS = 30 * 24 * 3600;
 /** A node token lists up to 256 capabilities of up to 256 bytes, in Base64. */
 const MAX_HEADER_BYTES = 128 * 1024;
 
+/**
+ * Connections that wait to be accepted. Node's own 511 is less than a thousand nodes that come back at once, and those beyond it
+ * wait a second for their next try; the kernel cuts it to what it allows (`net.core.somaxconn`).
+ */
+const BACKLOG = 4_096;
+
+/** Files that connections leave to the database, to blobs under way and to libraries. */
+const RESERVED_FILES = 256;
+
 /** How long closing waits for requests under way before it ends their connections. */
 const CLOSE_GRACE_MS = 10_000;
 
 /**
- * Starts a dispatcher. Resolves when it accepts connections; what expired while it was down has been taken back by then.
+ * Starts a dispatcher. Resolves when it accepts connections. What expired while it was down is taken back five seconds later, so
+ * that nodes whose heartbeats found nobody are heard first.
  *
  * @throws MillraceError `invalid_argument` for options that cannot be, `failed_precondition` when the address is taken
  */
@@ -84,6 +103,10 @@ export async function openDispatcher(options: DispatcherOptions): Promise<Dispat
     clock,
     log,
     onSwept: ({ rescued }) => metrics.ended('expired', rescued),
+    hasLeases: async () => {
+      const { tasks } = await store.stats();
+      return tasks.leased + tasks.running > 0;
+    },
   });
   const collector = new Collector({ store, blobs, clock, log });
   const scheduler = new Scheduler({ store, clock, log, onTick: (outcome) => metrics.ticked(outcome) });
@@ -118,6 +141,7 @@ export async function openDispatcher(options: DispatcherOptions): Promise<Dispat
   };
 
   const app = createApp(context, bodies);
+  const maxConnections = boundConnections(app.server, clock, log);
   const disposeParts = async (): Promise<void> => {
     await Promise.all([sweeper.close(), collector.close(), scheduler.close(), pruner?.close()]);
     signals[Symbol.dispose]();
@@ -126,7 +150,7 @@ export async function openDispatcher(options: DispatcherOptions): Promise<Dispat
   };
   try {
     await sweeper.start();
-    await app.listen({ host, port });
+    await app.listen({ host, port, backlog: BACKLOG });
   } catch (error) {
     closing.abort(SERVER_CLOSING);
     await app.close();
@@ -137,7 +161,11 @@ export async function openDispatcher(options: DispatcherOptions): Promise<Dispat
   await pruner?.start();
   url = originOf(app.server.address() as AddressInfo);
   await scheduler.start();
-  log.info('dispatcher listens', { url, public_url: context.publicUrl() });
+  log.info('dispatcher listens', {
+    url,
+    public_url: context.publicUrl(),
+    ...(maxConnections !== null && { max_connections: maxConnections }),
+  });
   if (publicUrl === null && isWildcard(host)) {
     log.warn('leases name an address that only this machine can reach; give a public URL', { url });
   }
@@ -173,6 +201,42 @@ export async function openDispatcher(options: DispatcherOptions): Promise<Dispat
     close,
     [Symbol.asyncDispose]: close,
   };
+}
+
+/**
+ * Refuses connections while there are still files left for everything else: without any, the database and the blobs would fail,
+ * and connections be dropped without a word. Says so, at most once a minute. Null: the system does not tell its limit.
+ */
+function boundConnections(server: Server, clock: Clock, log: Logger): number | null {
+  const maxFiles = maxOpenFiles();
+  if (maxFiles === null) return null;
+  const maxConnections = Math.max(Math.ceil(maxFiles / 2), maxFiles - RESERVED_FILES);
+  server.maxConnections = maxConnections;
+  let quietUntil = -Infinity;
+  let refused = 0;
+  server.on('drop', () => {
+    refused += 1;
+    if (clock.monotonic() < quietUntil) return;
+    quietUntil = clock.monotonic() + 60_000;
+    log.error(
+      'connections are refused: as many are open as the limit on open files allows; a node needs two; raise it ' +
+        '(ulimit -n, LimitNOFILE= of a systemd unit, ulimits of a container)',
+      { max_connections: maxConnections, max_open_files: maxFiles, refused },
+    );
+    refused = 0;
+  });
+  return maxConnections;
+}
+
+/** What this process may have open; Node has raised it to the hard limit. */
+function maxOpenFiles(): number | null {
+  try {
+    const limits = readFileSync('/proc/self/limits', 'latin1');
+    const [, soft] = /^Max open files\s+(\d+)/m.exec(limits) ?? [];
+    return soft === undefined ? null : Number(soft);
+  } catch {
+    return null;
+  }
 }
 
 function createApp(context: ServerContext, bodies: BodyWatch): FastifyInstance {
@@ -246,6 +310,7 @@ function createApp(context: ServerContext, bodies: BodyWatch): FastifyInstance {
     registerServiceRoutes,
     registerDdsRoutes,
     registerNodeRoutes,
+    registerDomainsRoutes,
     registerDmsRoutes,
     registerJobRoutes,
     registerTaskRoutes,

@@ -1,7 +1,7 @@
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import type { Logger } from '@millrace/runner';
+import type { Clock, Logger } from '@millrace/runner';
 import { SimulatedClock } from '@millrace/runner/testing';
 import { expect, test } from 'vitest';
 import { openFileBlobs } from './blobs/files.ts';
@@ -43,6 +43,19 @@ test('sweeps at once, then at least every interval', async () => {
   await sweeper.close();
 });
 
+test.each([
+  [true, [5_000, 5_500]],
+  [false, [0, 500, 1_000, 1_500, 2_000, 2_500, 3_000, 3_500, 4_000, 4_500, 5_000, 5_500]],
+])('hears nodes for five seconds first when leases are held at the start: %s', async (held, expected) => {
+  const clock = new SimulatedClock();
+  const { store, at } = sweeping(clock, () => ({ rescued: 0, nextAtMs: null }));
+  const sweeper = new Sweeper({ store, clock, log: silent(), hasLeases: () => Promise.resolve(held) });
+  await sweeper.start();
+  await clock.advance(5_500);
+  expect(at).toEqual(expected);
+  await sweeper.close();
+});
+
 test('sweeps when the store says something is due, and not later than the interval', async () => {
   const clock = new SimulatedClock();
   const due = [clock.now() + 120, clock.now() + 60_000];
@@ -51,6 +64,28 @@ test('sweeps when the store says something is due, and not later than the interv
   await sweeper.start();
   await clock.advance(120 + SWEEP_INTERVAL_MS);
   expect(at).toEqual([0, 120, 120 + SWEEP_INTERVAL_MS]);
+  await sweeper.close();
+});
+
+test.each([
+  [1_999, 'a busy moment', 0],
+  [2_000, 'a process that stood still', 5_000],
+])('a round that comes %i ms late (%s) sweeps %3$i ms later', async (lateMs, _, listensMs) => {
+  const base = new SimulatedClock();
+  let late = 0;
+  const clock: Clock = {
+    now: () => base.now(),
+    monotonic: () => base.monotonic(),
+    setTimer: (run, delayMs) => base.setTimer(run, delayMs + late),
+  };
+  const { store, at } = sweeping(base, () => ({ rescued: 0, nextAtMs: null }));
+  const sweeper = new Sweeper({ store, clock, log: silent() });
+  late = lateMs;
+  await sweeper.start();
+  late = 0;
+  const lateAt = SWEEP_INTERVAL_MS + lateMs;
+  await base.advance(lateAt + listensMs + SWEEP_INTERVAL_MS);
+  expect(at).toEqual([0, lateAt + listensMs, lateAt + listensMs + SWEEP_INTERVAL_MS]);
   await sweeper.close();
 });
 

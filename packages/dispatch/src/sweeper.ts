@@ -7,6 +7,11 @@ import type { Store, SweepAnswer } from './store.ts';
 
 export const SWEEP_INTERVAL_MS = 500;
 
+/** A round that comes so late is no busy moment: this process stood still, and heard no heartbeat meanwhile. */
+const STOOD_STILL_MS = 2_000;
+/** For as long nodes are heard first then. They try again every few seconds at the latest. */
+const LISTEN_FIRST_MS = 5_000;
+
 /** The first round comes soon, or a dispatcher that is started anew every day would never have one. */
 const FIRST_COLLECTION_MS = 60_000;
 const COLLECTION_INTERVAL_MS = 60 * 60_000;
@@ -16,15 +21,23 @@ export interface SweeperOptions {
   readonly clock: Clock;
   readonly log: Logger;
   readonly onSwept?: (answer: SweepAnswer) => void;
+  /** Asked at the start: does somebody hold leases that nobody could renew so far? Default: no. */
+  readonly hasLeases?: () => Promise<boolean>;
 }
 
 /**
  * Calls `store.sweep()` when it says the next thing is due, and at least every {@link SWEEP_INTERVAL_MS}: leases given
  * since the last sweep may expire sooner than it knew. So an expired lease is taken back within a second. The first sweep comes
- * with the start, so that what expired while nobody was there is taken back before the first request.
+ * with the start.
+ *
+ * A process that stood still (SIGSTOP, a suspended machine), or was not there, is the reason itself why leases were not renewed;
+ * so it hears nodes for {@link LISTEN_FIRST_MS} before it takes anything back.
  */
 export class Sweeper extends Rounds {
-  constructor({ store, clock, log, onSwept }: SweeperOptions) {
+  constructor({ store, clock, log, onSwept, hasLeases }: SweeperOptions) {
+    let started = false;
+    /** When the next round was to come, monotonic. */
+    let dueAt = Infinity;
     super({
       clock,
       log,
@@ -32,11 +45,30 @@ export class Sweeper extends Rounds {
       pauseMs: SWEEP_INTERVAL_MS,
       trouble: 'sweep failed',
       async round() {
+        if (!started) {
+          started = true;
+          if ((await hasLeases?.()) === true) {
+            log.info('nodes are heard before leases are taken back', { for_ms: LISTEN_FIRST_MS });
+            return LISTEN_FIRST_MS;
+          }
+        }
+        const lateMs = clock.monotonic() - dueAt;
+        if (lateMs >= STOOD_STILL_MS) {
+          log.warn('the dispatcher stood still; nodes are heard before leases are taken back', {
+            late_ms: Math.round(lateMs),
+          });
+          dueAt = Infinity;
+          return LISTEN_FIRST_MS;
+        }
+        // A failed round is followed by the next one all the same, at a time that is not known here.
+        dueAt = Infinity;
         const answer = await store.sweep();
         onSwept?.(answer);
         if (answer.rescued > 0) log.info('leases taken back', { count: answer.rescued });
         const next = answer.nextAtMs ?? Infinity;
-        return Math.max(1, Math.min(SWEEP_INTERVAL_MS, next - clock.now()));
+        const pauseMs = Math.max(1, Math.min(SWEEP_INTERVAL_MS, next - clock.now()));
+        dueAt = clock.monotonic() + pauseMs;
+        return pauseMs;
       },
     });
   }

@@ -1,12 +1,26 @@
 import { spawn } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
-import { chmod, mkdtemp, readdir, readFile, rm, stat, truncate, utimes, writeFile } from 'node:fs/promises';
+import {
+  chmod,
+  copyFile,
+  mkdir,
+  mkdtemp,
+  readdir,
+  readFile,
+  rename,
+  rm,
+  stat,
+  truncate,
+  utimes,
+  writeFile,
+} from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import type { Readable } from 'node:stream';
 import { SimulatedClock } from '@millrace/runner/testing';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import type { StagedPart } from '../blobs.ts';
 import { openFileBlobs } from './files.ts';
 import { blobSuite } from './suite.ts';
 
@@ -39,7 +53,7 @@ describe('blobs as files', () => {
 
   const ANY = { maxBytes: 2 ** 40 };
 
-  test('a blob is the file sha256/ab/cd/<digest>', async () => {
+  test('a blob is the file sha256/ab/<digest>', async () => {
     await using blobs = await openFileBlobs({ dir });
     const { digest } = await blobs.put(once('hello'), ANY);
     expect(digest).toBe('sha256:2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824');
@@ -51,6 +65,7 @@ describe('blobs as files', () => {
     await using blobs = await openFileBlobs({ dir: root });
     await blobs.put(once('hello'), ANY);
     await blobs.putPart('upload', 1, once('part'), ANY);
+    await blobs.putPart('upload', 2, once('part'), { ...ANY, at: 4 });
     const modes = new Map<string, number>();
     const entries = await readdir(join(dir, 'parent'), { recursive: true, withFileTypes: true });
     for (const entry of entries) {
@@ -58,7 +73,7 @@ describe('blobs as files', () => {
       modes.set(path, (await stat(path)).mode & 0o777);
       expect([path, modes.get(path)]).toEqual([path, entry.isDirectory() ? 0o700 : 0o600]);
     }
-    // blobs, its three folders, two for the blob, one for the upload, and two files.
+    // blobs, its three folders, one for the blob, one for the upload, and three files.
     expect(modes.size).toBe(9);
   });
 
@@ -101,10 +116,68 @@ describe('blobs as files', () => {
     await using blobs = await openFileBlobs({ dir });
     const part = await blobs.putPart('up', 1, once('abc'), ANY);
     await writeFile(join(dir, 'uploads', 'up', '1'), 'abd');
-    await expect(blobs.joinParts('up', [{ partNumber: 1, digest: part.digest }])).rejects.toMatchObject({
+    await expect(blobs.joinParts('up', [{ partNumber: 1, ...part }])).rejects.toMatchObject({
       code: 'data_loss',
     });
     expect(await readdir(join(dir, 'tmp'))).toEqual([]);
+  });
+
+  test('a flipped bit in a part that is where it belongs is found as well', async () => {
+    await using blobs = await openFileBlobs({ dir });
+    const parts: StagedPart[] = [];
+    for (const [index, text] of ['abc', 'def'].entries()) {
+      const part = await blobs.putPart('up', index + 1, once(text), { ...ANY, at: index * 3 });
+      parts.push({ partNumber: index + 1, ...part });
+    }
+    const whole = join(dir, 'uploads', 'up', 'whole');
+    expect(await readFile(whole, 'utf8')).toBe('abcdef');
+    await writeFile(whole, 'abcdeg');
+    await expect(blobs.joinParts('up', parts)).rejects.toMatchObject({ code: 'data_loss' });
+    expect(await readdir(join(dir, 'tmp'))).toEqual([]);
+    expect(await blobs.putPart('up', 2, once('def'), { ...ANY, at: 3 })).toMatchObject({ size: 3 });
+    expect(await blobs.joinParts('up', parts)).toMatchObject({ size: 6 });
+  });
+
+  test('parts that are where they belong become the blob without being written again', async () => {
+    const clock = new SimulatedClock({ startAt: Date.UTC(2031, 4, 1) });
+    await using blobs = await openFileBlobs({ dir, clock });
+    const part = await blobs.putPart('up', 1, once('abc'), { ...ANY, at: 0 });
+    const { ino } = await stat(join(dir, 'uploads', 'up', 'whole'));
+    const { digest } = await blobs.joinParts('up', [{ partNumber: 1, ...part }]);
+    expect((await stat(pathOf(dir, digest))).ino).toBe(ino);
+    expect(await readdir(join(dir, 'tmp'))).toEqual([]);
+    for await (const blob of blobs.list()) expect(blob.putAtMs).toBe(Date.UTC(2031, 4, 1));
+  });
+
+  test('blobs of an earlier version, a level deeper, are read, listed once, replaced and deleted', async () => {
+    await using blobs = await openFileBlobs({ dir });
+    const { digest } = await blobs.put(once('hello'), ANY);
+    const old = join(pathOf(dir, digest), '..', digest.slice(9, 11), digest.slice('sha256:'.length));
+    const moveBack = async (): Promise<void> => {
+      await mkdir(join(old, '..'), { recursive: true });
+      await rename(pathOf(dir, digest), old);
+    };
+    const listed = async (): Promise<string[]> => {
+      const all: string[] = [];
+      for await (const blob of blobs.list()) all.push(blob.digest);
+      return all;
+    };
+    await moveBack();
+    expect(await blobs.stat(digest)).toEqual({ digest, size: 5 });
+    expect(await drain(await blobs.open(digest))).toBe(5);
+    expect(await listed()).toEqual([digest]);
+    await blobs.put(once('hello'), ANY);
+    await expect(stat(old)).rejects.toThrow('ENOENT');
+    expect(await listed()).toEqual([digest]);
+    // As after a crash in between.
+    await copyFile(pathOf(dir, digest), old);
+    expect(await listed()).toEqual([digest]);
+    expect(await blobs.delete(digest)).toBe(true);
+    expect(await listed()).toEqual([]);
+    await blobs.put(once('hello'), ANY);
+    await moveBack();
+    expect(await blobs.delete(digest)).toBe(true);
+    expect(await blobs.stat(digest)).toBeNull();
   });
 
   test('what dead processes left under way is removed, what a live one has is not', async () => {
@@ -216,7 +289,19 @@ const PUT_FOREVER = `
       process.stdout.write(info.digest + '\\n');
     }
   };
-  await Promise.all([one(10), one(1000), one(300_000), one(2_000_000)]);
+  const inParts = async () => {
+    for (let count = 0; ; count += 1) {
+      const parts = [];
+      for (const [index, size] of [300_000, 300_000, 10].entries()) {
+        const bytes = (async function* () { yield randomBytes(size); })();
+        const part = await blobs.putPart('up-' + count, index + 1, bytes, { maxBytes: 1e9, at: index * 300_000 });
+        parts.push({ partNumber: index + 1, ...part });
+      }
+      process.stdout.write((await blobs.joinParts('up-' + count, parts)).digest + '\\n');
+      await blobs.dropParts('up-' + count);
+    }
+  };
+  await Promise.all([one(10), one(1000), one(300_000), one(2_000_000), inParts()]);
 `;
 
 const PUT_TOO_MUCH = `
@@ -243,7 +328,7 @@ async function drain(stream: Readable): Promise<number> {
 
 function pathOf(dir: string, digest: string): string {
   const hex = digest.slice('sha256:'.length);
-  return join(dir, 'sha256', hex.slice(0, 2), hex.slice(2, 4), hex);
+  return join(dir, 'sha256', hex.slice(0, 2), hex);
 }
 
 /** The id of a process that has ended. */

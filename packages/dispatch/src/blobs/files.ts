@@ -1,10 +1,13 @@
 /**
  * Blobs as files of one folder. Invariants:
  *
- * - `sha256/ab/cd/<64 hex>` appears by rename, after its bytes were synced, and a put resolves after the folder was
- *   synced too. So a name is there with the right bytes or not at all, whenever the power fails.
+ * - `sha256/ab/<64 hex>` appears by rename, after its bytes were synced, and a put resolves after the folder was
+ *   synced too. So a name is there with the right bytes or not at all, whenever the power fails. Earlier versions had one
+ *   level more, `sha256/ab/cd/<64 hex>`: what is there is read, and moves when it is put again.
  * - Everything under way is in `tmp/<pid>-<random>`; what a crashed process left there is removed at the next open.
- * - `uploads/<upload id>/<part number>` are parts of chunked uploads, as durable as blobs.
+ * - `uploads/<upload id>/whole` has the parts of a chunked upload where they belong, as durable as blobs. It becomes the blob by a
+ *   second name, once all of it was read and found right; whoever finds two names writes to it no more.
+ * - `uploads/<upload id>/<part number>` is a part that was sent again, or whose place was not told. It is preferred.
  * - `owner` holds the id of the database that names the blobs.
  * - What it makes is open to its owner only.
  * - Putting bytes again replaces the file by an equal one. That costs a write, and buys that a damaged file is healed
@@ -23,12 +26,13 @@ import {
   rm,
   stat,
   unlink,
+  utimes,
   type FileHandle,
 } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Readable } from 'node:stream';
 import { MillraceError, systemClock, type ByteStream, type Clock, type Random } from '@millrace/runner';
-import type { BlobInfo, BlobStore, PutOptions, StoredBlob } from '../blobs.ts';
+import type { BlobInfo, BlobStore, PutOptions, PutPartOptions, StagedPart, StoredBlob } from '../blobs.ts';
 import { checkBytes, readableFrom, untilAborted, verified, type Pull } from '../pull-stream.ts';
 import { digestHex } from './digest.ts';
 
@@ -41,7 +45,7 @@ export interface FileBlobsOptions {
   readonly random?: Random;
 }
 
-/** Chunks are gathered up to this size before they are written, so a blob below it costs a single write. */
+/** Chunks are gathered up to this size before they are written, so a blob below it costs a single write. While they are, others are gathered. */
 const WRITE_BYTES = 256 * 1024;
 
 /** Size of one read. Measured on a cached file, hashed: 64 KiB 250-500 MiB/s, 256 KiB 720-800, 1 MiB 520-840. */
@@ -69,6 +73,8 @@ class FileBlobs implements BlobStore {
   readonly #dir: string;
   readonly #clock: Clock;
   readonly #random: Random;
+  /** By upload: the parts that were begun in their place. */
+  readonly #placed = new Map<string, PlacedParts>();
   /** Folders known to exist and to be on disk under their parents. */
   readonly #folders = new Set<string>();
   /** Per digest: the tail of the queue of commits and deletes, which must not interleave. */
@@ -141,14 +147,10 @@ class FileBlobs implements BlobStore {
   }
 
   async stat(digest: string): Promise<BlobInfo | null> {
-    const path = this.#pathOf(digestHex(digest));
+    const hex = digestHex(digest);
     return this.#run('stat', async () => {
-      try {
-        return { digest, size: (await stat(path)).size };
-      } catch (error) {
-        if (isMissing(error)) return null;
-        throw storageError(error, `looking at blob ${digest}`, path);
-      }
+      const found = await this.#look(hex);
+      return found === null ? null : { digest, size: found.size };
     });
   }
 
@@ -156,11 +158,15 @@ class FileBlobs implements BlobStore {
     digest: string,
     range: { readonly start?: number; readonly end?: number } = {},
   ): Promise<Readable> {
-    const path = this.#pathOf(digestHex(digest));
+    const hex = digestHex(digest);
     return this.#run('open', async () => {
+      const path = this.#pathOf(hex);
       let handle: FileHandle;
       try {
-        handle = await open(path, 'r');
+        handle = await open(path, 'r').catch((error: unknown) => {
+          if (isMissing(error)) return open(this.#oldPathOf(hex), 'r');
+          throw error;
+        });
       } catch (error) {
         if (isMissing(error)) throw new MillraceError('not_found', `blob ${digest} is not stored`);
         throw storageError(error, `opening blob ${digest}`, path);
@@ -196,30 +202,41 @@ class FileBlobs implements BlobStore {
     uploadId: string,
     partNumber: number,
     bytes: ByteStream,
-    options: PutOptions,
+    options: PutPartOptions,
   ): Promise<BlobInfo> {
     const folder = this.#uploadFolder(uploadId);
     const path = join(folder, partFile(partNumber));
+    const what = `part ${partNumber} of upload ${uploadId}`;
     return this.#run('putPart', async () => {
+      const place = options.at === undefined ? null : await this.#place(uploadId, partNumber);
+      if (place !== null) {
+        let stored = false;
+        try {
+          const part = await this.#write(place.handle, options.at!, bytes, options, what, place.path);
+          await place.handle.datasync().catch((error: unknown) => {
+            throw storageError(error, `storing ${what}`, place.path);
+          });
+          stored = true;
+          return part;
+        } finally {
+          await place.leave(stored);
+        }
+      }
       const temp = this.#tempPath();
-      const staged = await this.#stage(temp, bytes, options, `part ${partNumber} of upload ${uploadId}`);
+      const staged = await this.#stage(temp, bytes, options, what);
       try {
-        await mkdir(folder, { recursive: true, mode: FOLDER_MODE });
+        await this.#makeUploadFolder(folder);
         await rename(temp, path);
         await syncFolder(folder);
-        await syncFolder(join(this.#dir, 'uploads'));
       } catch (error) {
         await unlink(temp).catch(() => {}); // The error being reported is the one that matters.
-        throw storageError(error, `storing part ${partNumber} of upload ${uploadId}`, path);
+        throw storageError(error, `storing ${what}`, path);
       }
       return staged;
     });
   }
 
-  async joinParts(
-    uploadId: string,
-    parts: readonly { readonly partNumber: number; readonly digest: string }[],
-  ): Promise<BlobInfo> {
+  async joinParts(uploadId: string, parts: readonly StagedPart[]): Promise<BlobInfo> {
     const folder = this.#uploadFolder(uploadId);
     parts.forEach((part, index) => {
       if (part.partNumber !== index + 1) {
@@ -231,6 +248,21 @@ class FileBlobs implements BlobStore {
     });
     return this.#run('joinParts', async () => {
       const temp = this.#tempPath();
+      const named = await this.#nameWhole(uploadId, parts, temp);
+      if (named) {
+        try {
+          const hash = createHash('sha256');
+          let size = 0;
+          for await (const chunk of partChunks(folder, parts, uploadId)) {
+            hash.update(chunk);
+            size += chunk.length;
+          }
+          return await this.#commit(temp, { digest: `sha256:${hash.digest('hex')}`, size });
+        } finally {
+          // Also when all went well: a rename to another name of the same file does nothing.
+          await unlink(temp).catch(() => {});
+        }
+      }
       const all = partChunks(folder, parts, uploadId);
       const staged = await this.#stage(temp, all, { maxBytes: Infinity }, `upload ${uploadId}`);
       return this.#commit(temp, staged);
@@ -242,6 +274,8 @@ class FileBlobs implements BlobStore {
     await this.#run('dropParts', async () => {
       try {
         await rm(folder, { recursive: true, force: true });
+        this.#folders.delete(folder);
+        this.#placed.delete(uploadId);
       } catch (error) {
         throw storageError(error, `dropping the parts of upload ${uploadId}`, folder);
       }
@@ -268,35 +302,43 @@ class FileBlobs implements BlobStore {
   async *list(): AsyncGenerator<StoredBlob> {
     const root = join(this.#dir, 'sha256');
     for (const high of await foldersIn(root)) {
+      yield* this.#listFolder(join(root, high), () => Promise.resolve(true));
       for (const low of await foldersIn(join(root, high))) {
-        const folder = join(root, high, low);
-        const entries = await opendir(folder).catch(nullIfMissing);
-        if (entries === null) continue;
-        for await (const entry of entries) {
-          this.#checkOpen('list');
-          if (!entry.isFile() || !/^[0-9a-f]{64}$/.test(entry.name)) continue;
-          const info = await stat(join(folder, entry.name)).catch(nullIfMissing);
-          if (info !== null) {
-            yield { digest: `sha256:${entry.name}`, size: info.size, putAtMs: info.mtimeMs };
-          }
-        }
+        // Not again what was put again since.
+        yield* this.#listFolder(
+          join(root, high, low),
+          async (hex) => (await stat(this.#pathOf(hex)).catch(nullIfMissing)) === null,
+        );
       }
+    }
+  }
+
+  async *#listFolder(folder: string, wanted: (hex: string) => Promise<boolean>): AsyncGenerator<StoredBlob> {
+    const entries = await opendir(folder).catch(nullIfMissing);
+    if (entries === null) return;
+    for await (const entry of entries) {
+      this.#checkOpen('list');
+      if (!entry.isFile() || !/^[0-9a-f]{64}$/.test(entry.name)) continue;
+      const info = await stat(join(folder, entry.name)).catch(nullIfMissing);
+      if (info === null || !(await wanted(entry.name))) continue;
+      yield { digest: `sha256:${entry.name}`, size: info.size, putAtMs: info.mtimeMs };
     }
   }
 
   async delete(digest: string, options: { readonly ifPutBeforeMs?: number } = {}): Promise<boolean> {
     const hex = digestHex(digest);
-    const path = this.#pathOf(hex);
     return this.#run('delete', () =>
       this.#inTurn(hex, async () => {
+        const { ifPutBeforeMs } = options;
+        const found = await this.#look(hex);
+        if (found === null || (ifPutBeforeMs !== undefined && found.putAtMs >= ifPutBeforeMs)) return false;
         try {
-          const { ifPutBeforeMs } = options;
-          if (ifPutBeforeMs !== undefined && (await stat(path)).mtimeMs >= ifPutBeforeMs) return false;
-          await unlink(path);
+          // The older one first: a crash in between leaves what was looked at.
+          for (const path of [this.#oldPathOf(hex), this.#pathOf(hex)])
+            await unlink(path).catch(nullIfMissing);
           return true;
         } catch (error) {
-          if (isMissing(error)) return false;
-          throw storageError(error, `deleting blob ${digest}`, path);
+          throw storageError(error, `deleting blob ${digest}`, found.path);
         }
       }),
     );
@@ -345,26 +387,71 @@ class FileBlobs implements BlobStore {
     }
   }
 
+  /** Where a blob is; null: nowhere. */
+  async #look(
+    hex: string,
+  ): Promise<{ readonly path: string; readonly size: number; readonly putAtMs: number } | null> {
+    for (const path of [this.#pathOf(hex), this.#oldPathOf(hex)]) {
+      try {
+        const { size, mtimeMs } = await stat(path);
+        return { path, size, putAtMs: mtimeMs };
+      } catch (error) {
+        if (!isMissing(error)) throw storageError(error, `looking at blob sha256:${hex}`, path);
+      }
+    }
+    return null;
+  }
+
   /** Writes and syncs `bytes` to a new file, hashing on the way. On any error the file is gone again. */
   async #stage(temp: string, bytes: ByteStream, options: PutOptions, what: string): Promise<BlobInfo> {
+    let handle: FileHandle;
+    try {
+      handle = await open(temp, 'wx', FILE_MODE);
+    } catch (error) {
+      throw storageError(error, `storing ${what}`, temp);
+    }
+    let failed = true;
+    try {
+      const info = await this.#write(handle, 0, bytes, options, what, temp);
+      await this.#seal(handle).catch((error: unknown) => {
+        throw storageError(error, `storing ${what}`, temp);
+      });
+      failed = false;
+      return info;
+    } finally {
+      await handle.close();
+      if (failed) await unlink(temp).catch(() => {}); // Swept at the next open at the latest.
+    }
+  }
+
+  /** Writes `bytes` from position `at` on, hashing on the way, and not one beyond those allowed. They are not synced. */
+  async #write(
+    handle: FileHandle,
+    at: number,
+    bytes: ByteStream,
+    options: PutOptions,
+    what: string,
+    path: string,
+  ): Promise<BlobInfo> {
     const hash = createHash('sha256');
     let size = 0;
+    let position = at;
     let pending: Uint8Array[] = [];
     let pendingBytes = 0;
-    let handle: FileHandle | null = null;
+    let writing: Promise<void> = Promise.resolve();
     const flush = async (): Promise<void> => {
-      const data = pending.length === 1 ? pending[0]! : Buffer.concat(pending, pendingBytes);
+      await writing;
+      const data = pending;
+      const from = position;
+      position += pendingBytes;
       pending = [];
       pendingBytes = 0;
-      // Only here: an error of the source, which may carry an errno of its own, is passed on as it is.
-      try {
-        handle ??= await open(temp, 'wx', FILE_MODE);
-        await handle.writeFile(data);
-      } catch (error) {
-        throw storageError(error, `storing ${what}`, temp);
-      }
+      writing = writeAll(handle, data, from).catch((error: unknown) => {
+        throw storageError(error, `storing ${what}`, path);
+      });
+      // Heard at the next `await writing`, which comes in any case.
+      writing.catch(() => {});
     };
-    let failed = true;
     try {
       for await (const chunk of untilAborted(bytes, options.signal)) {
         size += chunk.length;
@@ -382,17 +469,109 @@ class FileBlobs implements BlobStore {
       }
       const info: BlobInfo = { digest: `sha256:${hash.digest('hex')}`, size };
       checkBytes(info, options.expect ?? {}, what);
-      await flush();
-      await this.#seal(handle!).catch((error: unknown) => {
-        throw storageError(error, `storing ${what}`, temp);
-      });
-      failed = false;
+      if (pendingBytes > 0) await flush();
+      await writing;
       return info;
     } finally {
-      const file = handle as FileHandle | null;
-      await file?.close();
-      if (failed && file !== null) await unlink(temp).catch(() => {}); // Swept at the next open at the latest.
+      // Nobody writes to the file once this has settled.
+      await writing.catch(() => {});
     }
+  }
+
+  /** The file for a part that comes for the first time, to be written where it belongs; null: it must be a file of its own. */
+  async #place(
+    uploadId: string,
+    partNumber: number,
+  ): Promise<{
+    readonly handle: FileHandle;
+    readonly path: string;
+    leave(stored: boolean): Promise<void>;
+  } | null> {
+    const folder = this.#uploadFolder(uploadId);
+    const path = join(folder, WHOLE);
+    let handle: FileHandle | null = null;
+    try {
+      await this.#makeUploadFolder(folder);
+      let placed = this.#placed.get(uploadId);
+      if (placed === undefined) {
+        const names = await readdir(folder);
+        // Others may have come to this while it was read.
+        placed = this.#placed.get(uploadId) ?? {
+          begun: new Set(names.map(Number)),
+          writers: 0,
+          closed: false,
+        };
+        this.#placed.set(uploadId, placed);
+      }
+      if (placed.closed || placed.begun.has(partNumber)) return null;
+      placed.begun.add(partNumber);
+      placed.writers += 1;
+      const leave = async (stored: boolean): Promise<void> => {
+        await handle?.close();
+        placed.writers -= 1;
+        // Nobody was told that it is there, so it may come to the same place again.
+        if (!stored) placed.begun.delete(partNumber);
+      };
+      try {
+        handle = await open(path, constants.O_RDWR | constants.O_CREAT, FILE_MODE);
+        if ((await handle.stat()).nlink === 1) {
+          await (placed.named ??= syncFolder(folder));
+          return { handle, path, leave };
+        }
+      } catch (error) {
+        await leave(false);
+        throw error;
+      }
+      await leave(true);
+      return null;
+    } catch (error) {
+      throw storageError(error, `storing part ${partNumber} of upload ${uploadId}`, path);
+    }
+  }
+
+  /**
+   * Gives the file in which all parts are where they belong the name `temp`, and lets nobody write to it from then on. False: there
+   * is no such file, and the parts have to be copied.
+   */
+  async #nameWhole(uploadId: string, parts: readonly StagedPart[], temp: string): Promise<boolean> {
+    const folder = this.#uploadFolder(uploadId);
+    const path = join(folder, WHOLE);
+    const placed = this.#placed.get(uploadId);
+    if (placed !== undefined) {
+      if (placed.writers > 0) return false;
+      placed.closed = true;
+    }
+    try {
+      const names = await readdir(folder).catch(nullIfMissing);
+      if (names === null || names.some((name) => name !== WHOLE) || !names.includes(WHOLE)) return false;
+      const total = parts.reduce((sum, part) => sum + part.size, 0);
+      if ((await stat(path)).size !== total) return false;
+      await link(path, temp);
+      // The stamp of a put is when it was committed, and must be as durable as the rest.
+      const seconds = this.#clock.now() / 1000;
+      await utimes(temp, seconds, seconds);
+      const handle = await open(temp, 'r');
+      try {
+        await handle.sync();
+      } finally {
+        await handle.close();
+      }
+      return true;
+    } catch (error) {
+      // Also where there are no second names for a file.
+      await unlink(temp).catch(() => {});
+      if (FULL.has(String((error as NodeJS.ErrnoException).code)))
+        throw storageError(error, 'joining parts', path);
+      return false;
+    }
+  }
+
+  /** Synced even if it exists: the process that made it may have died before it did so. */
+  async #makeUploadFolder(folder: string): Promise<void> {
+    if (this.#folders.has(folder)) return;
+    await mkdir(folder, { recursive: true, mode: FOLDER_MODE });
+    await syncFolder(join(this.#dir, 'uploads'));
+    this.#folders.add(folder);
   }
 
   async #seal(handle: FileHandle): Promise<void> {
@@ -408,9 +587,10 @@ class FileBlobs implements BlobStore {
     const hex = digestHex(info.digest);
     const path = this.#pathOf(hex);
     try {
-      await this.#makeFolders(hex);
+      await this.#makeFolder(hex);
       await this.#inTurn(hex, async () => {
         await rename(temp, path);
+        await unlink(this.#oldPathOf(hex)).catch(nullIfMissing);
         await syncFolder(this.#folderOf(hex));
       });
       return info;
@@ -420,24 +600,25 @@ class FileBlobs implements BlobStore {
     }
   }
 
-  /** `sha256/ab/cd`. Synced even if it exists: the process that made it may have died before it did so. */
-  async #makeFolders(hex: string): Promise<void> {
-    const leaf = this.#folderOf(hex);
-    if (this.#folders.has(leaf)) return;
-    const root = join(this.#dir, 'sha256');
-    const middle = join(root, hex.slice(0, 2));
-    await mkdir(leaf, { recursive: true, mode: FOLDER_MODE });
-    if (!this.#folders.has(middle)) await syncFolder(root);
-    await syncFolder(middle);
-    this.#folders.add(middle).add(leaf);
+  /** `sha256/ab`. Synced even if it exists: the process that made it may have died before it did so. */
+  async #makeFolder(hex: string): Promise<void> {
+    const folder = this.#folderOf(hex);
+    if (this.#folders.has(folder)) return;
+    await mkdir(folder, { recursive: true, mode: FOLDER_MODE });
+    await syncFolder(join(this.#dir, 'sha256'));
+    this.#folders.add(folder);
   }
 
   #folderOf(hex: string): string {
-    return join(this.#dir, 'sha256', hex.slice(0, 2), hex.slice(2, 4));
+    return join(this.#dir, 'sha256', hex.slice(0, 2));
   }
 
   #pathOf(hex: string): string {
     return join(this.#folderOf(hex), hex);
+  }
+
+  #oldPathOf(hex: string): string {
+    return join(this.#folderOf(hex), hex.slice(2, 4), hex);
   }
 
   #uploadFolder(uploadId: string): string {
@@ -459,6 +640,19 @@ class FileBlobs implements BlobStore {
     return join(this.#dir, 'tmp', `${process.pid}-${digits()}${digits()}`);
   }
 }
+
+/** Parts of one upload, as far as this process knows. */
+interface PlacedParts {
+  /** Those begun in their place, and those that are files of their own. */
+  readonly begun: Set<number>;
+  writers: number;
+  /** The file's name is on the disk. */
+  named?: Promise<void>;
+  /** It is being joined, or was. */
+  closed: boolean;
+}
+
+const WHOLE = 'whole';
 
 function partFile(partNumber: number): string {
   if (!Number.isSafeInteger(partNumber) || partNumber < 1) {
@@ -492,26 +686,47 @@ function fileChunks(handle: FileHandle, start: number, end: number, what: string
 
 async function* partChunks(
   folder: string,
-  parts: readonly { readonly partNumber: number; readonly digest: string }[],
+  parts: readonly StagedPart[],
   uploadId: string,
 ): AsyncGenerator<Uint8Array> {
+  let at = 0;
   for (const part of parts) {
     const what = `part ${part.partNumber} of upload ${uploadId}`;
-    const path = join(folder, partFile(part.partNumber));
+    const own = join(folder, partFile(part.partNumber));
+    const whole = join(folder, WHOLE);
     let handle: FileHandle;
+    let path = own;
     try {
-      handle = await open(path, 'r');
+      handle = await open(own, 'r').catch((error: unknown) => {
+        if (!isMissing(error)) throw error;
+        path = whole;
+        return open(whole, 'r');
+      });
     } catch (error) {
       if (isMissing(error)) throw new MillraceError('not_found', `${what} is not stored`);
       throw storageError(error, `opening ${what}`, path);
     }
     try {
-      const { size } = await handle.stat();
-      const pull = verified(fileChunks(handle, 0, size - 1, what, path), { digest: part.digest }, what);
+      const start = path === whole ? at : 0;
+      const end = path === whole ? at + part.size - 1 : (await handle.stat()).size - 1;
+      const pull = verified(fileChunks(handle, start, end, what, path), { digest: part.digest }, what);
       for (let chunk = await pull(); chunk !== null; chunk = await pull()) yield chunk;
     } finally {
       await handle.close();
     }
+    at += part.size;
+  }
+}
+
+async function writeAll(handle: FileHandle, data: readonly Uint8Array[], at: number): Promise<void> {
+  const total = data.reduce((sum, chunk) => sum + chunk.length, 0);
+  let { bytesWritten } = await handle.writev(data, at);
+  if (bytesWritten === total) return;
+  // A disk that is nearly full takes less than it was given, and says why when it is given the rest.
+  const rest = Buffer.concat(data, total);
+  while (bytesWritten < total) {
+    bytesWritten += (await handle.write(rest, bytesWritten, total - bytesWritten, at + bytesWritten))
+      .bytesWritten;
   }
 }
 

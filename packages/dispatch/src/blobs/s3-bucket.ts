@@ -88,6 +88,26 @@ const CONNECTIONS = 512;
  */
 const SKEW_TOLERANCE_MS = 5_000;
 
+/** The part of the SDK's signer that is wanted of it. */
+interface Presigner {
+  presign(
+    request: {
+      readonly method: string;
+      readonly protocol: string;
+      readonly hostname: string;
+      readonly port?: number;
+      readonly path: string;
+      readonly query: Readonly<Record<string, string>>;
+      readonly headers: Readonly<Record<string, string>>;
+    },
+    options: {
+      readonly signingDate: Date;
+      readonly expiresIn: number;
+      readonly unhoistableHeaders: Set<string>;
+    },
+  ): Promise<{ readonly query: Record<string, string> }>;
+}
+
 export class S3Bucket {
   readonly where: string;
   readonly #place: S3Place;
@@ -359,6 +379,43 @@ export class S3Bucket {
         expiresIn: validSecs,
       }),
     );
+  }
+
+  /**
+   * A request by which anybody puts the object for that long, with bytes of this digest. What its signature covers makes the server
+   * check them: their length and SHA-256, the latter in two ways, since servers that know only one of them ignore the other.
+   */
+  async putRequest(
+    key: string,
+    { sha256, size }: { readonly sha256: string; readonly size: number },
+    validSecs: number,
+  ): Promise<{ readonly url: string; readonly headers: Readonly<Record<string, string>> }> {
+    const { origin, protocol, hostname, port, host, pathname } = new URL(await this.readUrl(key, validSecs));
+    const headers = {
+      'x-amz-content-sha256': sha256,
+      'x-amz-checksum-sha256': Buffer.from(sha256, 'hex').toString('base64'),
+    };
+    return this.#try('signing a URL', undefined, async () => {
+      // What the SDK makes itself leaves the digest of the body out.
+      const signer = (await this.#client.config.signer()) as unknown as Presigner;
+      const { query } = await signer.presign(
+        {
+          method: 'PUT',
+          protocol,
+          hostname,
+          ...(port !== '' && { port: Number(port) }),
+          path: pathname,
+          query: {},
+          headers: { host, 'content-length': String(size), ...headers },
+        },
+        {
+          signingDate: new Date(this.#clock.now() - this.#skewMs),
+          expiresIn: validSecs,
+          unhoistableHeaders: new Set(Object.keys(headers)),
+        },
+      );
+      return { url: `${origin}${pathname}?${new URLSearchParams(query).toString()}`, headers };
+    });
   }
 
   close(): void {

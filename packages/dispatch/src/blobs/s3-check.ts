@@ -1,5 +1,7 @@
 /** What is found out about a bucket before anything depends on it. */
+import { createHash } from 'node:crypto';
 import { MillraceError } from '@millrace/runner';
+import { request } from 'undici';
 import type { S3Bucket } from './s3-bucket.ts';
 
 const PROBE = Buffer.from('millrace writes, reads and deletes this to see whether it may\n');
@@ -39,5 +41,39 @@ export async function checkBucket(bucket: S3Bucket, key: string): Promise<void> 
   } finally {
     // The error under way is the one that matters.
     if (!deleted) await bucket.remove(key, 'deleting an object').catch(() => {});
+  }
+}
+
+/** How long the probe of {@link checksUploads} may take. */
+const UPLOAD_PROBE_MS = 10_000;
+
+/**
+ * Whether the bucket takes bytes by a signed request, and refuses others than that was signed for. Where it does not check them, whoever
+ * has such a request could put what they like under a name that promises something else. Leaves nothing behind.
+ */
+export async function checksUploads(bucket: S3Bucket, key: string): Promise<boolean> {
+  const stated = { sha256: createHash('sha256').update(PROBE).digest('hex'), size: PROBE.length };
+  const other = Buffer.from(PROBE);
+  other[0] = 0;
+  const put = async (body: Uint8Array): Promise<number> => {
+    const { url, headers } = await bucket.putRequest(key, stated, 60);
+    const answer = await request(url, {
+      method: 'PUT',
+      headers,
+      body,
+      signal: AbortSignal.timeout(UPLOAD_PROBE_MS),
+    });
+    await answer.body.dump();
+    return answer.statusCode;
+  };
+  try {
+    const refused = await put(other);
+    if (refused < 400 || refused > 499) return false;
+    return (await put(PROBE)) === 200;
+  } catch {
+    // It answers our own requests; whoever it does not answer these for can do without.
+    return false;
+  } finally {
+    await bucket.remove(key, 'deleting an object').catch(() => {});
   }
 }

@@ -7,7 +7,7 @@ import { fileURLToPath } from 'node:url';
 import { systemClock } from '@millrace/runner';
 import { SimulatedClock } from '@millrace/runner/testing';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import type { BlobStore } from '../blobs.ts';
+import type { BlobStore, StagedPart } from '../blobs.ts';
 import { BadNetwork, GUEST, OWNER, S3Server, withoutS3, type TestCredentials } from '../s3.test.support.ts';
 import type { DomainStorage } from '../client/domain.ts';
 import { openDomainStorage } from '../client/http-domain.ts';
@@ -178,10 +178,10 @@ describe.skipIf(withoutS3())('blobs in S3', { timeout: 120_000 }, () => {
     const url = `s3://${bucket}/${prefix}?endpoint=${network.endpoint}`;
     await using blobs = await openS3Blobs({ url, credentials: OWNER });
     const parts = [randomBytes(5 * MIB), randomBytes(6 * MIB), randomBytes(10)];
-    const chosen: { readonly partNumber: number; readonly digest: string }[] = [];
+    const chosen: StagedPart[] = [];
     for (const [index, bytes] of parts.entries()) {
-      const { digest } = await blobs.putPart('up', index + 1, chunked(bytes), ANY);
-      chosen.push({ partNumber: index + 1, digest });
+      const part = await blobs.putPart('up', index + 1, chunked(bytes), ANY);
+      chosen.push({ partNumber: index + 1, ...part });
     }
     let sent = 0;
     network.onRequest = (bytes) => (sent += bytes.length) > 0;
@@ -195,10 +195,10 @@ describe.skipIf(withoutS3())('blobs in S3', { timeout: 120_000 }, () => {
   test('a part damaged in the bucket does not join', async () => {
     const prefix = newPrefix();
     await using blobs = await open(prefix);
-    const chosen: { readonly partNumber: number; readonly digest: string }[] = [];
+    const chosen: StagedPart[] = [];
     for (const partNumber of [1, 2]) {
-      const { digest } = await blobs.putPart('up', partNumber, chunked(randomBytes(5 * MIB)), ANY);
-      chosen.push({ partNumber, digest });
+      const part = await blobs.putPart('up', partNumber, chunked(randomBytes(5 * MIB)), ANY);
+      chosen.push({ partNumber, ...part });
     }
     const inside = await raw(prefix);
     const [, second] = await all(inside.list('uploads/', 'looking'));

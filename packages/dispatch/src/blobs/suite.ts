@@ -2,7 +2,7 @@
 import { createHash, randomBytes } from 'node:crypto';
 import type { Readable } from 'node:stream';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import type { BlobStore } from '../blobs.ts';
+import type { BlobStore, StagedPart } from '../blobs.ts';
 
 export interface BlobHarness extends AsyncDisposable {
   /** A new, empty store. */
@@ -163,50 +163,97 @@ export function blobSuite(name: string, make: () => Promise<BlobHarness>): void 
       expect(await blobs.delete(digest, { ifPutBeforeMs: putAtMs + 1 })).toBe(true);
     });
 
-    test('parts arrive in any order and again, and join in theirs', async () => {
-      const parts = [randomBytes(300_000), randomBytes(300_000), randomBytes(5)];
-      const infos = new Map<number, string>();
-      for (const number of [3, 1, 2]) {
-        const info = await blobs.putPart('upload-1', number, chunked(parts[number - 1]!), ANY);
-        infos.set(number, info.digest);
-      }
-      await blobs.putPart('upload-1', 2, chunked(parts[1]!), ANY);
-      const again = await harness.reopen();
-      const chosen = [1, 2, 3].map((partNumber) => ({ partNumber, digest: infos.get(partNumber)! }));
-      const joined = await again.joinParts('upload-1', chosen);
-      const whole = Buffer.concat(parts);
-      expect(joined).toEqual({ digest: sha256(whole), size: whole.length });
-      expect(await again.joinParts('upload-1', chosen)).toEqual(joined);
-      await again.dropParts('upload-1');
-      await again.dropParts('upload-1');
-      expect(await failure(again.joinParts('upload-1', chosen))).toMatchObject({ code: 'not_found' });
-      expect((await readAll(await again.open(joined.digest))).equals(whole)).toBe(true);
-    });
+    // Where a part belongs may be told with it, or not.
+    for (const told of [true, false]) {
+      const at = (offset: number): { readonly at?: number } => (told ? { at: offset } : {});
+      describe(`parts, their places ${told ? 'told' : 'not told'}`, () => {
+        test('they arrive in any order and again, and join in theirs', async () => {
+          const parts = [randomBytes(300_000), randomBytes(300_000), randomBytes(5)];
+          const infos: StagedPart[] = [];
+          const put = async (partNumber: number): Promise<void> => {
+            const bytes = chunked(parts[partNumber - 1]!);
+            const info = await blobs.putPart('upload-1', partNumber, bytes, {
+              ...ANY,
+              ...at((partNumber - 1) * 300_000),
+            });
+            infos[partNumber - 1] = { partNumber, ...info };
+          };
+          await Promise.all([3, 1, 2].map(put));
+          const whole = Buffer.concat(parts);
+          const joined = { digest: sha256(whole), size: whole.length };
+          const again = await harness.reopen();
+          expect(await again.joinParts('upload-1', infos)).toEqual(joined);
+          expect(await again.joinParts('upload-1', infos)).toEqual(joined);
+          blobs = again;
+          await put(2);
+          expect(await again.joinParts('upload-1', infos)).toEqual(joined);
+          await again.dropParts('upload-1');
+          await again.dropParts('upload-1');
+          expect(await failure(again.joinParts('upload-1', infos))).toMatchObject({ code: 'not_found' });
+          expect((await readAll(await again.open(joined.digest))).equals(whole)).toBe(true);
+          expect(await digests(again)).toEqual([joined.digest]);
+        });
+
+        test('a part that comes after its upload was joined changes no blob', async () => {
+          const bytes = randomBytes(100_000);
+          const part = await blobs.putPart('upload-6', 1, chunked(bytes), { ...ANY, ...at(0) });
+          const joined = await blobs.joinParts('upload-6', [{ partNumber: 1, ...part }]);
+          await blobs.putPart('upload-6', 1, chunked(Buffer.from('other')), { ...ANY, ...at(0) });
+          const again = await harness.reopen();
+          await again.putPart('upload-6', 2, chunked(Buffer.from('more')), { ...ANY, ...at(100_000) });
+          expect((await readAll(await again.open(joined.digest))).equals(bytes)).toBe(true);
+        });
+
+        test('a part that is sent again with other bytes is the one that counts', async () => {
+          await blobs.putPart('upload-7', 1, chunked(Buffer.from('one')), { ...ANY, ...at(0) });
+          const two = await blobs.putPart('upload-7', 2, chunked(Buffer.from('two')), { ...ANY, ...at(3) });
+          const uno = await blobs.putPart('upload-7', 1, chunked(Buffer.from('uno')), { ...ANY, ...at(0) });
+          const parts = [uno, two].map((info, index) => ({ partNumber: index + 1, ...info }));
+          expect(await blobs.joinParts('upload-7', parts)).toEqual({ digest: sha256('unotwo'), size: 6 });
+        });
+
+        test('a part that fails half way may come again', async () => {
+          async function* broken(): AsyncGenerator<Uint8Array> {
+            yield randomBytes(300_000);
+            throw new Error('peer gone');
+          }
+          const bytes = randomBytes(300_010);
+          const options = { ...ANY, ...at(0) };
+          expect(await failure(blobs.putPart('upload-8', 1, broken(), options))).toMatchObject({
+            message: 'peer gone',
+          });
+          const part = await blobs.putPart('upload-8', 1, chunked(bytes), options);
+          expect(await blobs.joinParts('upload-8', [{ partNumber: 1, ...part }])).toEqual({
+            digest: sha256(bytes),
+            size: bytes.length,
+          });
+        });
+
+        test('parts that were replaced by others, or have a gap, do not join', async () => {
+          const first = await blobs.putPart('upload-3', 1, chunked(Buffer.from('one')), { ...ANY, ...at(0) });
+          await blobs.putPart('upload-3', 1, chunked(Buffer.from('uno')), { ...ANY, ...at(0) });
+          expect(await failure(blobs.joinParts('upload-3', [{ partNumber: 1, ...first }]))).toMatchObject({
+            code: 'data_loss',
+          });
+          expect(await failure(blobs.joinParts('upload-3', [{ partNumber: 2, ...first }]))).toMatchObject({
+            code: 'invalid_argument',
+          });
+          expect(await digests(blobs)).toEqual([]);
+        });
+
+        test('a part beyond its bound is refused and the part of before stays', async () => {
+          const options = { maxBytes: 5, ...at(0) };
+          const part = await blobs.putPart('upload-4', 1, chunked(Buffer.from('12345')), options);
+          expect(
+            await failure(blobs.putPart('upload-4', 1, chunked(Buffer.from('123456')), options)),
+          ).toMatchObject({ code: 'resource_exhausted' });
+          expect(await blobs.joinParts('upload-4', [{ partNumber: 1, ...part }])).toEqual(part);
+        });
+      });
+    }
 
     test('no parts join to the empty blob', async () => {
       expect(await blobs.joinParts('upload-2', [])).toEqual({ digest: sha256(Buffer.alloc(0)), size: 0 });
-    });
-
-    test('parts that were replaced by others, or have a gap, do not join', async () => {
-      const first = await blobs.putPart('upload-3', 1, chunked(Buffer.from('one')), ANY);
-      await blobs.putPart('upload-3', 1, chunked(Buffer.from('uno')), ANY);
-      expect(
-        await failure(blobs.joinParts('upload-3', [{ partNumber: 1, digest: first.digest }])),
-      ).toMatchObject({ code: 'data_loss' });
-      expect(
-        await failure(blobs.joinParts('upload-3', [{ partNumber: 2, digest: first.digest }])),
-      ).toMatchObject({ code: 'invalid_argument' });
-      expect(await digests(blobs)).toEqual([]);
-    });
-
-    test('a part beyond its bound is refused and the part of before stays', async () => {
-      const part = await blobs.putPart('upload-4', 1, chunked(Buffer.from('12345')), { maxBytes: 5 });
-      expect(
-        await failure(blobs.putPart('upload-4', 1, chunked(Buffer.from('123456')), { maxBytes: 5 })),
-      ).toMatchObject({ code: 'resource_exhausted' });
-      expect(await blobs.joinParts('upload-4', [{ partNumber: 1, digest: part.digest }])).toMatchObject({
-        size: 5,
-      });
     });
 
     test('an upload id that could leave its folder is refused', async () => {
@@ -275,6 +322,6 @@ async function digests(blobs: BlobStore): Promise<string[]> {
   return (await all(blobs.list())).map((blob) => blob.digest).toSorted();
 }
 
-function sha256(bytes: Uint8Array): string {
+function sha256(bytes: Uint8Array | string): string {
   return `sha256:${createHash('sha256').update(bytes).digest('hex')}`;
 }

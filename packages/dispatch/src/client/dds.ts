@@ -2,6 +2,7 @@
  * The node's side of DDS: nonce, registration, login. {@link Dds} is the port, `HttpDds` the real one. Errors as in
  * `dms.ts`; which call failed is in `details.call`: `nonce`, `register` or `verify`.
  */
+import type { Resources } from '../resources.ts';
 import type { CallOptions } from './dms.ts';
 
 /** What the service wants signed; copied into the message verbatim. */
@@ -24,6 +25,8 @@ export interface RegisterWalletRequest {
   readonly max_concurrency?: number;
   /** Ours. */
   readonly labels?: Readonly<Record<string, string>>;
+  /** Ours: what the node has to give. */
+  readonly resources?: Resources;
 }
 
 export interface NodeToken {

@@ -20,6 +20,8 @@ export interface Features {
   readonly leaseIds: boolean;
   /** `lease({start: true})` makes the task `running` at once, so no first heartbeat is needed before the work. */
   readonly startOnLease: boolean;
+  /** {@link Dms.exchange} works: completions and the request for the next leases go in one call. */
+  readonly leaseOnComplete?: boolean;
   /** Endings may carry what the attempt used: `usage` in complete's `meta` and fail's `details`, and in a release. */
   readonly endingUsage?: boolean;
   /** Bytes the log of one attempt may have; 0 or absent: the server keeps none, lines go with the events. */
@@ -33,6 +35,7 @@ export const NO_FEATURES: Features = {
   batchItems: 0,
   leaseIds: false,
   startOnLease: false,
+  leaseOnComplete: false,
   endingUsage: false,
   taskLogBytes: 0,
   registrationIntervalSecs: null,
@@ -125,6 +128,20 @@ export interface LogPiece {
 /** `nextOffset`: what the log has now, and so where the next piece begins; less than was sent when something before it is missing. */
 export type LogAnswer = { readonly nextOffset: number } | { readonly error: MillraceError };
 
+/** One of several completions in a call. */
+export interface Completion {
+  readonly lease: LeaseHandle;
+  readonly output_cids: readonly string[];
+  readonly meta: EndingReport;
+}
+
+export interface ExchangeResult {
+  /** For each completion, in order: null when it was accepted, else the error of a call for it alone. */
+  readonly refusals: readonly (MillraceError | null)[];
+  /** None: nothing was there, or nothing was asked for. */
+  readonly leases: readonly ReceivedLease[];
+}
+
 export interface CallOptions {
   readonly signal?: AbortSignal;
 }
@@ -153,6 +170,16 @@ export interface Dms {
     body: { readonly reason: string; readonly details: Json | EndingReport },
     options?: CallOptions,
   ): Promise<void>;
+  /**
+   * Ours, where {@link Features.leaseOnComplete}: completes, and asks for leases in the places of what was completed without
+   * waiting for any. 1 to {@link Features.batchItems} completions. `next` null: none are asked for. An error that is thrown
+   * says nothing about any of the completions; each may be sent again.
+   */
+  exchange?(
+    completions: readonly Completion[],
+    next: Omit<LeaseQuery, 'waitSecs'> | null,
+    options?: CallOptions,
+  ): Promise<ExchangeResult>;
   /**
    * Ours: gives the lease back. `unimplemented` where the server lacks it. `details` are kept with the attempt where it was
    * cancelled; see {@link Features.endingUsage}.

@@ -38,6 +38,13 @@ export interface StorageInfo {
   readonly requestMaxBytes: number;
   readonly domainDataMaxBytes: number | null;
   readonly multipartEnabled: boolean;
+  /** Creating an item of a name that is taken is refused (409), whatever its type: so most names need not be looked up before. */
+  readonly uniqueNames: boolean;
+  /**
+   * Parts of items may go past the server, which is worth it from `fromBytes` on. What is known as a whole (`StartUpload.sha256`) is one
+   * part, up to `wholeBytes`. Null: they may not.
+   */
+  readonly direct: { readonly fromBytes: number; readonly wholeBytes: number } | null;
 }
 
 export interface DownloadQuery {
@@ -51,6 +58,13 @@ export interface DownloadQuery {
 export type UploadTarget =
   { readonly name: string; readonly dataType: string } | { readonly existingId: string };
 
+/** An item to be created. */
+export interface NewItem {
+  readonly name: string;
+  readonly dataType: string;
+  readonly bytes: Uint8Array;
+}
+
 export interface StartUpload {
   readonly domainId: string;
   readonly name: string;
@@ -58,6 +72,8 @@ export interface StartUpload {
   /** null when not known beforehand. */
   readonly size: number | null;
   readonly existingId: string | null;
+  /** 64 hex digits: what all of it is, where that is known. With the size it lets a server take it as one part. Default unknown. */
+  readonly sha256?: string;
 }
 
 export interface UploadSession {
@@ -77,7 +93,10 @@ export interface DomainStorage {
    * is `data_loss`, an answer without parts `not_found`.
    */
   download(query: DownloadQuery, options?: CallOptions): AsyncIterable<DownloadPart>;
-  /** The bytes of one item by `?raw=true`, with its size and digest if told. */
+  /**
+   * The bytes of one item by `?raw=true`, with its size and digest if told. Where the digest is told and the item is small (64 KiB), they
+   * have come and been checked when this resolves.
+   */
   openRaw(
     domainId: string,
     id: string,
@@ -98,16 +117,25 @@ export interface DomainStorage {
     bytes: Uint8Array,
     options?: CallOptions,
   ): Promise<DataItem | null>;
+  /**
+   * Creates several items in one request, all or none. The items in their order. For our dispatcher: a reference server takes one part
+   * for each request.
+   */
+  putNew(domainId: string, items: readonly NewItem[], options?: CallOptions): Promise<DataItem[]>;
   /** @throws `unimplemented` for 404, 405 and 501: the server has no chunked upload. */
   startUpload(request: StartUpload, options?: CallOptions): Promise<UploadSession>;
-  /** Returns the etag. `size` bytes are taken from `body`. */
+  /**
+   * Returns the etag. `size` bytes are taken from `body`. Bytes that can be read more than once, which are those in memory and what a
+   * function gives, go past the server where it offers that and they are worth it; through it if that does not work. `sha256`: of
+   * this part, in hex, if it is known.
+   */
   putPart(
     domainId: string,
     uploadId: string,
     partNumber: number,
-    body: Uint8Array | ByteStream,
+    body: Uint8Array | ByteStream | (() => Uint8Array | ByteStream),
     size: number,
-    options?: CallOptions,
+    options?: CallOptions & { readonly sha256?: string },
   ): Promise<string>;
   /** Returns the data id. */
   finishUpload(

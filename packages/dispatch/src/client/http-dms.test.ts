@@ -3,7 +3,7 @@ import type { AddressInfo } from 'node:net';
 import { MillraceError } from '@millrace/runner';
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
 import { Harness, TIME, UUID, until, type TestNode } from '../harness.test.support.ts';
-import { NO_FEATURES, type EndingReport, type TokenSource } from './dms.ts';
+import { NO_FEATURES, type EndingReport, type LeaseHandle, type TokenSource } from './dms.ts';
 import { openHttpDms, type HttpDms } from './http-dms.ts';
 
 function tokenSource(token: string): TokenSource {
@@ -43,6 +43,7 @@ describe('against our dispatcher', () => {
       batchItems: 256,
       leaseIds: true,
       startOnLease: true,
+      leaseOnComplete: true,
       endingUsage: true,
       taskLogBytes: 16 * 1024 * 1024,
       registrationIntervalSecs: null,
@@ -155,6 +156,43 @@ describe('against our dispatcher', () => {
       });
     });
     expect((await server.store.getJob(released))?.tasks[0]).toMatchObject({ status: 'queued', attempts: 0 });
+  });
+
+  test('an exchange completes, brings leases in the places, and tells each refusal as a call of its own would', async () => {
+    const { dms, submit, capability } = await scene(2);
+    await using _ = dms;
+    const jobIds = [await submit(), await submit(), await submit()];
+    const result = await dms.lease({ max: 2, waitSecs: 0, start: true });
+    if (result.kind !== 'leases') throw new Error(`got ${result.kind}`);
+    const [kept, done] = result.leases.map(({ leaseId, envelope }) => ({
+      leaseId,
+      taskId: envelope.task.id,
+    }));
+    const completion = (lease: LeaseHandle) => ({
+      lease,
+      output_cids: [],
+      meta: report(lease.taskId, capability),
+    });
+    const stranger = { taskId: kept!.taskId, leaseId: done!.leaseId };
+    const answer = await dms.exchange([completion(stranger), completion(done!)], {
+      max: 500,
+      start: true,
+      capabilities: [capability],
+    });
+    expect(answer.refusals[0]).toMatchObject({ code: 'aborted', retryable: false, details: { status: 409 } });
+    expect(answer.refusals[1]).toBeNull();
+    expect(answer.leases.map(({ envelope }) => envelope.status)).toEqual(['running']);
+    const [{ leaseId, envelope, serverTimeMs }] = answer.leases as [(typeof answer.leases)[0]];
+    expect(serverTimeMs).toEqual(expect.any(Number));
+
+    const last = await dms.exchange(
+      [completion(kept!), completion({ leaseId, taskId: envelope.task.id })],
+      null,
+    );
+    expect(last).toEqual({ refusals: [null, null], leases: [] });
+    for (const jobId of jobIds) {
+      expect((await server.store.getJob(jobId))?.job.status).toBe('completed');
+    }
   });
 
   test('watch tells the cancelled lease, or nothing when the time is up', async () => {
@@ -346,11 +384,13 @@ describe('against the reference service', () => {
     await dms.fail(handle, { reason: 'no', details: null });
   });
 
-  test('release and watch are unimplemented, and nothing is sent', async () => {
+  test('release, watch and exchange are unimplemented, and nothing is sent', async () => {
     const { dms, seen } = await reference(() => ({ status: 200 }));
     await using _ = dms;
     await expect(dms.release(handle, 'shutdown')).rejects.toMatchObject({ code: 'unimplemented' });
     await expect(dms.watch([TASK], 1)).rejects.toMatchObject({ code: 'unimplemented' });
+    const completion = { lease: handle, output_cids: [], meta: report(TASK, '/c/v1') };
+    await expect(dms.exchange([completion], null)).rejects.toMatchObject({ code: 'unimplemented' });
     expect(seen).toEqual([]);
   });
 

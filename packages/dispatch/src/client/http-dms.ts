@@ -32,8 +32,10 @@ import type { ProxySettings } from './proxy.ts';
 import {
   NO_FEATURES,
   type CallOptions,
+  type Completion,
   type Dms,
   type EndingReport,
+  type ExchangeResult,
   type Features,
   type HeartbeatReply,
   type LeaseHandle,
@@ -147,6 +149,37 @@ export class HttpDms implements Dms, AsyncDisposable {
     options: CallOptions = {},
   ): Promise<void> {
     await this.#end(taskCall(lease, 'complete', { output_cids: body.output_cids, meta: body.meta }), options);
+  }
+
+  async exchange(
+    completions: readonly Completion[],
+    next: Omit<LeaseQuery, 'waitSecs'> | null,
+    options: CallOptions = {},
+  ): Promise<ExchangeResult> {
+    const features = await this.features(options);
+    if (features.leaseOnComplete !== true) {
+      throw new MillraceError('unimplemented', `${this.#origin.baseUrl} does not offer exchange`);
+    }
+    const items = completions.map(({ lease, output_cids, meta }) => ({
+      task_id: lease.taskId,
+      lease_id: lease.leaseId,
+      output_cids,
+      meta,
+    }));
+    const lease = next !== null && {
+      max: Math.min(next.max, features.batchItems),
+      start: next.start && features.startOnLease,
+      ...(next.capabilities !== undefined &&
+        next.capabilities.length > 0 && { capabilities: next.capabilities }),
+    };
+    const what = 'POST /tasks/complete';
+    const response = await this.#send(
+      { method: 'POST', path: '/tasks/complete', json: { items, ...(lease !== false && { lease }) } },
+      options,
+    );
+    const serverTimeMs = latestTimeOf(response);
+    const text = await successText(what, response, MAX_BATCH_ANSWER_BYTES);
+    return decoded(what, response, () => decodeExchange(text, completions.length, serverTimeMs));
   }
 
   async fail(
@@ -263,7 +296,9 @@ export class HttpDms implements Dms, AsyncDisposable {
     if (nothing !== null) return nothing;
     const serverTimeMs = latestTimeOf(response);
     const text = await successText('/tasks/lease', response, MAX_BATCH_ANSWER_BYTES);
-    const leases = decoded('/tasks/lease', response, () => decodeLeases(text, serverTimeMs));
+    const leases = decoded('/tasks/lease', response, () =>
+      decodeLeases(object(parseJson(text, 'leases'), 'leases')['leases'], serverTimeMs),
+    );
     return leases.length === 0 ? { kind: 'none' } : { kind: 'leases', leases };
   }
 
@@ -377,6 +412,7 @@ function decodeFeatures(text: string): Features {
     batchItems: raw.batch_items,
     leaseIds: raw.lease_ids,
     startOnLease: raw.start_on_lease,
+    leaseOnComplete: raw.lease_on_complete,
     endingUsage: raw.ending_usage,
     taskLogBytes: raw.task_logs,
     registrationIntervalSecs: raw.registration_interval_secs,
@@ -388,6 +424,7 @@ const FEATURES = {
   batch_items: absent(counter, () => 0),
   lease_ids: absent(boolean, () => false),
   start_on_lease: absent(boolean, () => false),
+  lease_on_complete: absent(boolean, () => false),
   ending_usage: absent(boolean, () => false),
   task_logs: absent(counter, () => 0),
   registration_interval_secs: optional(counter),
@@ -401,8 +438,27 @@ function capabilityFilter(capabilities: readonly string[]): string {
   return query === '' || query.length > MAX_FILTER_BYTES ? '' : `?${query}`;
 }
 
-function decodeLeases(text: string, serverTimeMs: number | null): ReceivedLease[] {
-  const { leases } = object(parseJson(text, 'leases'), 'leases');
+function decodeExchange(text: string, expected: number, serverTimeMs: number | null): ExchangeResult {
+  const { results, leases = [] } = object(parseJson(text, 'exchange answer'), 'exchange answer');
+  const refusals = arrayOf((value, path): MillraceError | null => {
+    const { status, error } = object(value, path);
+    return status === 200 ? null : itemError(status, error, path);
+  })(results, 'results');
+  if (refusals.length !== expected) throw new Error(`${refusals.length} answers to ${expected} completions`);
+  return { refusals, leases: decodeLeases(leases, serverTimeMs) };
+}
+
+/** What one item of a batch was answered, as the error of a call for it alone. */
+function itemError(status: unknown, error: unknown, path: string): MillraceError {
+  const number = counter(status, path);
+  const code = codeOfStatus(number);
+  return new MillraceError(code, string(object(error, path)['message'], path), {
+    retryable: code === 'unavailable' || number === 429,
+    details: { status: number },
+  });
+}
+
+function decodeLeases(leases: unknown, serverTimeMs: number | null): ReceivedLease[] {
   return arrayOf((value, path): ReceivedLease => ({
     leaseId: optional(uuid)(object(value, path)['lease_id'], `${path}.lease_id`),
     envelope: parseLease(value, path),
@@ -415,15 +471,9 @@ function decodeLogAnswers(text: string, expected: number): LogAnswer[] {
   const answers = arrayOf((value, path): LogAnswer => {
     const { status, body, error } = object(value, path);
     if (status === 200) return { nextOffset: counter(object(body, path)['next_offset'], path) };
-    const { message, next_offset: wanted } = object(error, path);
+    const { next_offset: wanted } = object(error, path);
     if (wanted !== undefined) return { nextOffset: counter(wanted, path) };
-    const code = codeOfStatus(counter(status, path));
-    return {
-      error: new MillraceError(code, string(message, path), {
-        retryable: code === 'unavailable' || status === 429,
-        details: { status: counter(status, path) },
-      }),
-    };
+    return { error: itemError(status, error, path) };
   })(results, 'results');
   if (answers.length !== expected) throw new Error(`${answers.length} answers to ${expected} pieces`);
   return answers;

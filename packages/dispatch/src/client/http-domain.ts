@@ -1,10 +1,10 @@
 /** {@link DomainStorage} over HTTP. See there for what each call promises. */
-import { randomBytes } from 'node:crypto';
+import { createHash, randomBytes } from 'node:crypto';
 import { Readable } from 'node:stream';
 import { MillraceError, systemClock, type ByteStream, type Clock } from '@millrace/runner';
 import * as decode from '@millrace/runner/decode';
 import { downloadBoundary, readDownload, uploadEnvelope, type MultipartPart } from '../multipart.ts';
-import { pullFrom, readableFrom, verified, type Pull } from '../pull-stream.ts';
+import { checkBytes, pullFrom, readableFrom, verified, type Pull } from '../pull-stream.ts';
 import type { CallOptions } from './dms.ts';
 import type {
   DataItem,
@@ -12,6 +12,7 @@ import type {
   DomainStorageOptions,
   DownloadPart,
   DownloadQuery,
+  NewItem,
   StartUpload,
   StorageInfo,
   UploadSession,
@@ -37,8 +38,14 @@ const JOIN_MS_PER_PART = 1_000;
 /** After a read past the server failed, bytes come through it for so long. */
 const DIRECT_PAUSE_MS = 60_000;
 
+/** Who is slower than this, which is 0.5 MiB/s, sends through the server after all. */
+const DIRECT_BYTES_PER_MS = 512;
+
 /** Below this the two requests more that a read past the server costs are not worth it. */
 const DIRECT_BYTES = 1024 * 1024;
+
+/** Bodies up to this size are read whole before they are handed out: a stream that is pulled costs more than such bytes. */
+const SHORT_BYTES = 64 * 1024;
 
 /** Metadata of this many bytes at most. A list of a whole domain may be long. */
 const LIST_BYTES = 64 * 1024 * 1024;
@@ -105,6 +112,10 @@ class DomainServer {
   directOrigin: string | null = null;
   /** No reads past the server before this. */
   directFromMs = -Infinity;
+  /** It also takes parts of uploads there. */
+  directParts = false;
+  /** No parts past the server before this. */
+  directPartsFromMs = -Infinity;
   readonly #proxy: { readonly proxy?: ProxySettings };
   /** Where the server sends us for bytes, by origin. */
   readonly #elsewhere = new Map<string, HttpOrigin>();
@@ -199,6 +210,10 @@ class HttpDomainStorage implements DomainStorage {
         meta.digest === null
           ? part.pull
           : verified(part.pull, { digest: meta.digest, size: meta.size }, `data item ${meta.id}`);
+      if (meta.size <= SHORT_BYTES) {
+        yield { ...meta, body: readableOf(await wholeOf(checked)) };
+        continue;
+      }
       let broken: { readonly error: unknown } | null = null;
       const pull: Pull = async () => {
         try {
@@ -246,6 +261,11 @@ class HttpDomainStorage implements DomainStorage {
     const size = length === null ? null : Number(length);
     const etag = direct === null ? response.header('etag') : direct.etag;
     const digest = /^"(sha256:[0-9a-f]{64})"$/.exec(etag ?? '')?.[1] ?? null;
+    if (digest !== null && range === undefined && size !== null && size <= SHORT_BYTES) {
+      const bytes = await response.bytes(size);
+      checkBytes({ digest: digestOf(bytes), size: bytes.length }, { digest, size }, `data item ${id}`);
+      return { body: readableOf(bytes), size, digest };
+    }
     const source = pullFrom(bodyOf(response, 'raw download', options.signal));
     const expect =
       digest === null || range !== undefined ? null : size === null ? { digest } : { digest, size };
@@ -319,6 +339,25 @@ class HttpDomainStorage implements DomainStorage {
     return first ?? null;
   }
 
+  async putNew(domainId: string, items: readonly NewItem[], options: CallOptions = {}): Promise<DataItem[]> {
+    const boundary = boundaryAbsentFrom(...items.map(({ bytes }) => bytes));
+    const pieces: Uint8Array[] = [];
+    for (const { name, dataType, bytes } of items) {
+      for (const [what, value] of Object.entries({ name, dataType })) checkParameter(what, value);
+      if (pieces.length > 0) pieces.push(LINE_END);
+      pieces.push(uploadEnvelope({ name, dataType }, boundary).head, bytes);
+    }
+    pieces.push(uploadEnvelope({ name: '', dataType: '' }, boundary).tail);
+    const response = await this.#send('upload', {
+      method: 'POST',
+      path: dataPath(domainId),
+      headers: { 'content-type': `multipart/form-data; boundary=${boundary}` },
+      body: Buffer.concat(pieces),
+      ...options,
+    });
+    return parseList(await jsonOf(response, 'upload'), 'upload');
+  }
+
   async startUpload(request: StartUpload, options: CallOptions = {}): Promise<UploadSession> {
     const response = await this.#request({
       method: 'POST',
@@ -329,6 +368,7 @@ class HttpDomainStorage implements DomainStorage {
         size: request.size,
         content_type: 'application/octet-stream',
         existing_id: request.existingId,
+        ...(request.sha256 !== undefined && { sha256: request.sha256 }),
       },
       ...options,
     });
@@ -355,9 +395,88 @@ class HttpDomainStorage implements DomainStorage {
     domainId: string,
     uploadId: string,
     partNumber: number,
+    body: Uint8Array | ByteStream | (() => Uint8Array | ByteStream),
+    size: number,
+    { sha256, ...options }: CallOptions & { readonly sha256?: string } = {},
+  ): Promise<string> {
+    if (typeof body === 'function' || body instanceof Uint8Array) {
+      const read = typeof body === 'function' ? body : () => body;
+      const part = { partNumber, size, ...(sha256 !== undefined && { sha256 }) };
+      const direct = await this.#putDirectly(domainId, uploadId, part, read, options);
+      return direct ?? (await this.#putThrough(domainId, uploadId, partNumber, read(), size, options));
+    }
+    return await this.#putThrough(domainId, uploadId, partNumber, body, size, options);
+  }
+
+  /**
+   * Asks the server where to put these bytes, and puts them there: at the origin it announced and nowhere else, and without our token.
+   * Null when that is not offered or did not work; they then go through the server.
+   */
+  async #putDirectly(
+    domainId: string,
+    uploadId: string,
+    part: { readonly partNumber: number; readonly size: number; readonly sha256?: string },
+    read: () => Uint8Array | ByteStream,
+    options: CallOptions,
+  ): Promise<string | null> {
+    const { partNumber, size } = part;
+    const server = this.#server;
+    const origin = server.directOrigin;
+    if (origin === null || !server.directParts || size < DIRECT_BYTES) return null;
+    if (this.#clock.monotonic() < server.directPartsFromMs) return null;
+    const what = `part ${partNumber}`;
+    const sha256 = part.sha256 ?? (await sha256Of(read(), size, what));
+    const response = await this.#send(what, {
+      method: 'POST',
+      path: `${dataPath(domainId)}/multipart/direct?uploadId=${encodeURIComponent(uploadId)}`,
+      json: { parts: [{ part_number: partNumber, sha256, size }] },
+      ...options,
+    });
+    const { url, headers } = directPut(await jsonOf(response, what), what);
+    if (url.origin !== origin) {
+      throw new MillraceError(
+        'permission_denied',
+        `${what}: the server sends to ${url.origin} with the bytes, announced was ${origin}`,
+      );
+    }
+    const bytes = read();
+    let broken: { readonly error: unknown } | null = null as { readonly error: unknown } | null;
+    async function* checked(source: ByteStream): AsyncGenerator<Uint8Array> {
+      try {
+        yield* exactly(source, size, what);
+      } catch (error) {
+        broken = { error };
+        throw error;
+      }
+    }
+    try {
+      const put = await server.elsewhere(origin).request({
+        method: 'PUT',
+        path: url.pathname + url.search,
+        headers: { ...headers, 'content-length': String(size) },
+        body: bytes instanceof Uint8Array ? bytes : Readable.from(checked(bytes), { objectMode: false }),
+        // The answer comes when all of it is there.
+        timeoutMs: server.timeoutMs + size / DIRECT_BYTES_PER_MS,
+        ...options,
+      });
+      await put.discard();
+      if (isSuccess(put.status)) return `sha256:${sha256}`;
+    } catch {
+      // Of this error nothing may be told: it names the URL, which lets whoever has it write.
+      options.signal?.throwIfAborted();
+    }
+    if (broken !== null) throw broken.error;
+    server.directPartsFromMs = this.#clock.monotonic() + DIRECT_PAUSE_MS;
+    return null;
+  }
+
+  async #putThrough(
+    domainId: string,
+    uploadId: string,
+    partNumber: number,
     body: Uint8Array | ByteStream,
     size: number,
-    options: CallOptions = {},
+    options: CallOptions,
   ): Promise<string> {
     const what = `part ${partNumber}`;
     let broken: { readonly error: unknown } | null = null;
@@ -516,6 +635,7 @@ class HttpDomainStorage implements DomainStorage {
       },
     });
     this.#server.directOrigin = response.header('millrace-direct-origin');
+    this.#server.directParts = response.header('millrace-direct-parts') === '1';
     return response;
   }
 
@@ -554,7 +674,7 @@ function statusErrorOf(
   const code = codeOfStatus(status);
   const said = previewBody(body).trim();
   return new MillraceError(code, `${statusText(status)}${said === '' ? '' : `: ${said}`}`, {
-    retryable: code === 'unavailable' || status === 429,
+    retryable: code === 'unavailable' || status === 429 || status === 507,
     details: { status, call: what, ...(pauseMs === null ? {} : { retry_after_ms: pauseMs }) },
   });
 }
@@ -574,6 +694,8 @@ async function jsonOf(response: HttpResponse, what: string): Promise<unknown> {
   const text = await response.text(LIST_BYTES);
   return decoded(what, () => {
     const value = decode.parseJson(text, 'answer');
+    // Written again it would be shorter if a member came twice. Looking for such is slow in a long list.
+    if (JSON.stringify(value) === text) return value;
     // An item is at most the third level: the answer, its list, the item. Posemesh protocol, section 0.4.
     for (const { key, repeated } of decode.membersInText(text, 3)) {
       if (repeated && KNOWN_MEMBERS.has(key)) {
@@ -613,6 +735,24 @@ function parseList(value: unknown, what: string): DataItem[] {
   );
 }
 
+function directPut(
+  value: unknown,
+  what: string,
+): { readonly url: URL; readonly headers: Readonly<Record<string, string>> } {
+  return decoded(what, () => {
+    const [part] = decode.arrayOf(decode.object)(decode.object(value, 'answer')['parts'], 'parts');
+    const text = decode.string(part?.['url'], 'parts[0].url');
+    if (!URL.canParse(text)) throw new MillraceError('invalid_argument', 'parts[0].url must be a URL');
+    const headers = Object.entries(decode.object(part?.['headers'], 'parts[0].headers'));
+    return {
+      url: new URL(text),
+      headers: Object.fromEntries(
+        headers.map(([name, header]) => [name, decode.string(header, `parts[0].headers.${name}`)]),
+      ),
+    };
+  });
+}
+
 function parseInfo(value: unknown): StorageInfo {
   return decoded('info', () => {
     const root = decode.object(value, 'answer');
@@ -625,6 +765,14 @@ function parseInfo(value: unknown): StorageInfo {
         'upload.domain_data_max_bytes',
       ),
       multipartEnabled: decode.boolean(multipart['enabled'], 'upload.multipart.enabled'),
+      uniqueNames: upload['unique_names'] === true,
+      direct: decode.optional((value, path) => {
+        const direct = decode.object(value, path);
+        return {
+          fromBytes: decode.counter(direct['from_bytes'], `${path}.from_bytes`),
+          wholeBytes: decode.counter(direct['whole_bytes'], `${path}.whole_bytes`),
+        };
+      })(multipart['direct'], 'upload.multipart.direct'),
     };
   });
 }
@@ -700,12 +848,34 @@ export function singleUploadBytes(target: UploadTarget, size: number): number {
 const BOUNDARY_RANDOM_BYTES = 15;
 
 /** The reference's boundary is fixed and may occur in the payload; 120 random bits do not, and that is checked. */
-function boundaryAbsentFrom(bytes: Uint8Array): string {
-  const payload = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+function boundaryAbsentFrom(...payloads: readonly Uint8Array[]): string {
   for (;;) {
     const boundary = randomBytes(BOUNDARY_RANDOM_BYTES).toString('hex');
-    if (!payload.includes(boundary)) return boundary;
+    const isIn = (bytes: Uint8Array): boolean =>
+      Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength).includes(boundary);
+    if (!payloads.some(isIn)) return boundary;
   }
+}
+
+const LINE_END = Buffer.from('\r\n');
+
+/** The chunks to their end, as one. */
+async function wholeOf(pull: Pull): Promise<Uint8Array> {
+  const chunks: Uint8Array[] = [];
+  for (let chunk = await pull(); chunk !== null; chunk = await pull()) chunks.push(chunk);
+  return chunks.length === 1 ? chunks[0]! : Buffer.concat(chunks);
+}
+
+/** A stream of bytes that are here. */
+function readableOf(bytes: Uint8Array): Readable {
+  const stream = new Readable({ read() {} });
+  if (bytes.length > 0) stream.push(bytes);
+  stream.push(null);
+  return stream;
+}
+
+function digestOf(bytes: Uint8Array): string {
+  return `sha256:${createHash('sha256').update(bytes).digest('hex')}`;
 }
 
 const SLICE = 64 * 1024;
@@ -715,6 +885,13 @@ function* slices(...buffers: readonly Uint8Array[]): Generator<Uint8Array> {
   for (const bytes of buffers) {
     for (let at = 0; at < bytes.length; at += SLICE) yield bytes.subarray(at, at + SLICE);
   }
+}
+
+async function sha256Of(bytes: Uint8Array | ByteStream, size: number, what: string): Promise<string> {
+  const hash = createHash('sha256');
+  if (bytes instanceof Uint8Array) hash.update(bytes);
+  else for await (const chunk of exactly(bytes, size, what)) hash.update(chunk);
+  return hash.digest('hex');
 }
 
 async function* exactly(source: ByteStream, size: number, what: string): AsyncGenerator<Uint8Array> {

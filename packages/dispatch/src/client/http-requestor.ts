@@ -5,6 +5,7 @@ import { MillraceError, sleep, systemClock, type ByteStream } from '@millrace/ru
 import { members, object, string } from '@millrace/runner/decode';
 import type {
   BusyNode,
+  DomainStanding,
   JobDetail,
   JobEvent,
   JobStatus,
@@ -16,7 +17,7 @@ import type { JobExplanation, TaskExplanation } from '../explain.ts';
 import type { QueueReport } from '../queue-report.ts';
 import type { Computes } from './computes.ts';
 import type { CallOptions } from './dms.ts';
-import type { DomainStorage } from './domain.ts';
+import type { DomainStorage, NewItem } from './domain.ts';
 import { openDomainStorage } from './http-domain.ts';
 import { computesOver } from './http-computes.ts';
 import { HttpOrigin, dispatcherError, transportError, type HttpResponse } from './http.ts';
@@ -30,7 +31,7 @@ import type {
   SubmitOptions,
   TaskLogPage,
 } from './requestor.ts';
-import { uploadStream, type UploadOptions } from './upload.ts';
+import { uploadItems, uploadStream, type UploadOptions } from './upload.ts';
 
 /** A job of 10,000 tasks is about 10 MiB. */
 const MAX_ANSWER_BYTES = 256 * 1024 * 1024;
@@ -60,7 +61,7 @@ export function connect(options: RequestorOptions): Requestor & AsyncDisposable 
 }
 
 interface Call {
-  readonly method: 'GET' | 'POST' | 'DELETE';
+  readonly method: 'GET' | 'POST' | 'PUT' | 'DELETE';
   readonly path: string;
   readonly json?: unknown;
   readonly headers?: Readonly<Record<string, string>>;
@@ -74,6 +75,7 @@ class HttpRequestor implements Requestor, AsyncDisposable {
   readonly #token: string;
   readonly #timeoutMs: number;
   readonly #ownStorage: DomainStorage & AsyncDisposable;
+  #domainId: string | null = null;
 
   constructor(options: RequestorOptions) {
     const timeoutMs = options.timeoutMs ?? 30_000;
@@ -322,6 +324,16 @@ class HttpRequestor implements Requestor, AsyncDisposable {
     return (answer as { nodes: NodeRecord[] }).nodes;
   }
 
+  async domains(options: CallOptions = {}): Promise<readonly DomainStanding[]> {
+    const answer = await this.#json({ method: 'GET', path: '/api/v1/domains' }, options);
+    return (answer as { domains: DomainStanding[] }).domains;
+  }
+
+  async setWeight(domainId: string, weight: number, options: CallOptions = {}): Promise<void> {
+    const path = `/api/v1/domains/${encodeURIComponent(domainId)}`;
+    await this.#json({ method: 'PUT', path, json: { weight } }, options);
+  }
+
   async queues(options: CallOptions = {}): Promise<QueueReport> {
     return (await this.#json({ method: 'GET', path: '/v1/queues' }, options)) as QueueReport;
   }
@@ -362,16 +374,23 @@ class HttpRequestor implements Requestor, AsyncDisposable {
     return { version, domainId: domain_id };
   }
 
+  /** Asked for once: a dispatcher keeps its default domain for life. */
+  async #defaultDomain(options: CallOptions): Promise<string> {
+    return (this.#domainId ??= (await this.health(options)).domainId);
+  }
+
   async upload(
-    bytes: ByteStream | Uint8Array,
+    bytes: ByteStream | Uint8Array | (() => ByteStream),
     { domainId, ...options }: UploadOptions & { readonly domainId?: string },
   ): Promise<string> {
-    return await uploadStream(
-      this.storage,
-      domainId ?? (await this.health(options)).domainId,
-      bytes,
-      options,
-    );
+    return await uploadStream(this.storage, domainId ?? (await this.#defaultDomain(options)), bytes, options);
+  }
+
+  async uploadItems(
+    items: readonly NewItem[],
+    { domainId, ...options }: CallOptions & { readonly domainId?: string } = {},
+  ): Promise<string[]> {
+    return await uploadItems(this.storage, domainId ?? (await this.#defaultDomain(options)), items, options);
   }
 
   async close(): Promise<void> {

@@ -211,8 +211,9 @@ export function codeOfStatus(status: number): ErrorCode {
   if (status === 404 || status === 410) return 'not_found';
   if (status === 405 || status === 501) return 'unimplemented';
   if (status === 409) return 'aborted';
-  if (status === 408 || status === 425 || (status >= 500 && status <= 599)) return 'unavailable';
+  // Before the other 5xx: a full disk is no outage, though it passes like one.
   if (status === 413 || status === 429 || status === 507) return 'resource_exhausted';
+  if (status === 408 || status === 425 || (status >= 500 && status <= 599)) return 'unavailable';
   if (status >= 400 && status <= 499) return 'invalid_argument';
   return 'internal';
 }
@@ -233,7 +234,7 @@ export async function statusError(
   const code = codeOfStatus(response.status);
   const status = `${response.status} ${STATUS_CODES[response.status] ?? ''}`.trim();
   return new MillraceError(code, `${what} status ${status}; body: ${previewBody(body)}`, {
-    retryable: code === 'unavailable' || response.status === 429,
+    retryable: code === 'unavailable' || response.status === 429 || response.status === 507,
     details: {
       status: response.status,
       body: previewBody(body),
@@ -254,7 +255,7 @@ export async function dispatcherError(
   return new MillraceError(
     code,
     own?.message ?? `${call.method} ${call.path}: status ${status}; body: ${previewBody(body)}`,
-    { retryable: code === 'unavailable' || status === 429, details: { status } },
+    { retryable: code === 'unavailable' || status === 429 || status === 507, details: { status } },
   );
 }
 

@@ -2,8 +2,10 @@ export { NO_FEATURES } from './dms.ts';
 export type {
   ArtifactReport,
   CallOptions,
+  Completion,
   Dms,
   EndingReport,
+  ExchangeResult,
   Features,
   HeartbeatReply,
   LeaseHandle,
@@ -21,11 +23,14 @@ export type {
   DomainStorageOptions,
   DownloadPart,
   DownloadQuery,
+  NewItem,
   StartUpload,
   StorageInfo,
   UploadSession,
   UploadTarget,
 } from './domain.ts';
+export { formatResources, parseResourceList, parseResources } from '../resources.ts';
+export type { Resources } from '../resources.ts';
 export type { AbleNodes, CapabilityEntry, QueueEntry, QueueReport, WaitingWork } from '../queue-report.ts';
 export type {
   EndedAttempt,

@@ -2,6 +2,8 @@
 import type { ByteStream, JsonObject } from '@millrace/runner';
 import type {
   BusyNode,
+  ConcurrencyLimit,
+  DomainStanding,
   JobDetail,
   JobEvent,
   JobRecord,
@@ -17,7 +19,7 @@ import type { Computes } from './computes.ts';
 import type { JobExplanation, TaskExplanation } from '../explain.ts';
 import type { QueueReport } from '../queue-report.ts';
 import type { CallOptions } from './dms.ts';
-import type { DomainStorage } from './domain.ts';
+import type { DomainStorage, NewItem } from './domain.ts';
 import type { UploadOptions } from './upload.ts';
 
 /** A job file: the posemesh job spec with everything optional that has a default. */
@@ -30,6 +32,8 @@ export interface JobSubmission {
   readonly deadline_at?: string;
   /** RFC 3339: no task is given out before. */
   readonly not_before?: string;
+  /** Of its tasks that have none of their own. */
+  readonly concurrency?: ConcurrencyLimit;
   readonly tasks: readonly TaskDraft[];
   readonly edges?: readonly { readonly from: string; readonly to: string }[];
   /** Tasks that declare themselves deterministic may be completed from an earlier result. Default false. */
@@ -50,6 +54,13 @@ export interface TaskDraft {
   readonly deadline_at?: string;
   /** RFC 3339: not given out before, nor before the job's. */
   readonly not_before?: string;
+  /** Only while fewer than `limit` tasks with the same key, of any job of the domain, are leased or running. */
+  readonly concurrency?: ConcurrencyLimit;
+  /**
+   * What it takes of a node that says what it has: `cpu` in cores, `memory` in bytes or as a size such as `"512MiB"`, whole
+   * `gpu`, or names of one's own. Default: one `cpu`.
+   */
+  readonly resources?: Readonly<Record<string, number | string>>;
 }
 
 export interface ScheduleDraft {
@@ -192,6 +203,14 @@ export interface Requestor {
   /** Jobs it has submitted go on. @throws MillraceError `not_found` */
   removeSchedule(name: string, options?: CallOptions & { readonly domainId?: string }): Promise<void>;
   nodes(options?: CallOptions): Promise<readonly NodeRecord[]>;
+  /** The domains that have a weight of their own, or tasks that are ready or held, by id; with a token for one domain, that one. */
+  domains(options?: CallOptions): Promise<readonly DomainStanding[]>;
+  /**
+   * Tasks a domain is given for each one of a domain of weight 1, while both have some that wait: a whole number from 1 to 1000.
+   *
+   * @throws MillraceError `permission_denied` with a token for one domain
+   */
+  setWeight(domainId: string, weight: number, options?: CallOptions): Promise<void>;
   /** How much work waits, by what it demands of a node, and who could do it. */
   queues(options?: CallOptions): Promise<QueueReport>;
   busyNodes(options?: CallOptions): Promise<readonly BusyNode[]>;
@@ -208,14 +227,25 @@ export interface Requestor {
   health(options?: CallOptions): Promise<{ readonly version: string; readonly domainId: string }>;
   /**
    * Sends bytes, or a stream of any length, as a new data item of `domainId` (default: the dispatcher's own domain) and resolves with its
-   * id, for `inputs_cids`. What may succeed is tried again; memory holds one part at most.
+   * id, for `inputs_cids`. What may succeed is tried again; memory holds a few parts at most. A function is called for each time they are
+   * read: with their `size` and `sha256` they go past the dispatcher where that is offered.
    *
    * @throws MillraceError `failed_precondition` when the bytes are not those of `sha256`; `already_exists` for a taken name
    */
   upload(
-    bytes: ByteStream | Uint8Array,
+    bytes: ByteStream | Uint8Array | (() => ByteStream),
     options: UploadOptions & { readonly domainId?: string },
   ): Promise<string>;
+  /**
+   * Many items at once, several of them in one request: next to nothing each beside an {@link upload} of its own. Resolves with their ids,
+   * in order. After an error those of the requests that were answered are there.
+   *
+   * @throws MillraceError `already_exists` for a taken name
+   */
+  uploadItems(
+    items: readonly NewItem[],
+    options?: CallOptions & { readonly domainId?: string },
+  ): Promise<string[]>;
   /** Storage as this requestor, for inputs and artifacts. */
   readonly storage: DomainStorage;
   /** Code by digest, for tasks that name it. */

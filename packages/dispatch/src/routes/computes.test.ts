@@ -284,7 +284,7 @@ describe('computes over HTTP', () => {
       tokens: { get: () => Promise.resolve(own.clientToken), invalidate: () => undefined },
     });
     await client.put({ alg, digest }, 'wasm', bytes);
-    const path = join(own.blobsDir, 'sha256', digest.slice(0, 2), digest.slice(2, 4), digest);
+    const path = join(own.blobsDir, 'sha256', digest.slice(0, 2), digest);
     await writeFile(path, 'soon changed');
     const answer = await own.call('GET', `/v1/computes/${alg}/${digest}`);
     expect([answer.status, answer.body.error.code]).toEqual([500, 'data_loss']);

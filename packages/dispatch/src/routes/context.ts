@@ -86,11 +86,12 @@ export const SERVER_CLOSING = 'server closing';
  * (then with the reason {@link SERVER_CLOSING}). For everything that waits on behalf of a request.
  */
 export function requestSignal(reply: FastifyReply, closing: AbortSignal): AbortSignal {
+  const listeners = listenersOf(closing);
   // By hand and not AbortSignal.any: on Node 20 that keeps a trace of every short-lived signal in the long-lived one.
   const controller = new AbortController();
   const onClosing = (): void => controller.abort(SERVER_CLOSING);
   const onClose = (): void => {
-    closing.removeEventListener('abort', onClosing);
+    listeners.delete(onClosing);
     if (!reply.raw.writableFinished) {
       controller.abort(new MillraceError('canceled', 'the client closed the connection'));
     }
@@ -99,8 +100,27 @@ export function requestSignal(reply: FastifyReply, closing: AbortSignal): AbortS
   // A response that was destroyed before we came to listen emits nothing any more.
   else if (reply.raw.destroyed) onClose();
   else {
-    closing.addEventListener('abort', onClosing, { once: true });
+    listeners.add(onClosing);
     reply.raw.once('close', onClose);
   }
   return controller.signal;
+}
+
+/** Behind one listener per signal: adding or removing one walks through all there are, and thousands of requests wait. */
+const closingListeners = new WeakMap<AbortSignal, Set<() => void>>();
+
+function listenersOf(closing: AbortSignal): Set<() => void> {
+  const known = closingListeners.get(closing);
+  if (known !== undefined) return known;
+  const listeners = new Set<() => void>();
+  closingListeners.set(closing, listeners);
+  closing.addEventListener(
+    'abort',
+    () => {
+      for (const listener of listeners) listener();
+      listeners.clear();
+    },
+    { once: true },
+  );
+  return listeners;
 }

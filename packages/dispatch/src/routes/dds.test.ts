@@ -323,7 +323,24 @@ describe('login', () => {
   });
 });
 
-test('one address may ask loginBurst times at once, and is told to wait at one more', async () => {
+test('an address that has begun as many logins as it may ends those, and pays for what it made up', async () => {
+  await using small = await Harness.open({ limits: { loginBurst: 5 } });
+  // Two of the five: a registration and a login.
+  const node = await small.joinNode();
+  const signed = [await small.signed(node.privateKey), await small.signed(node.privateKey)];
+  const verify = (json: unknown) =>
+    small.call('POST', '/internal/v1/auth/siwe/verify', { token: null, json });
+  expect((await verify(signed[0])).status).toBe(200);
+  // A nonce that was never issued costs what one that was does, and with it the last is spent; this one is still answered.
+  const { message, signature } = signed[0]!;
+  const forged = { message: message.replace(/Nonce: \w+/, 'Nonce: abcdefgh12345678'), signature };
+  for (let index = 0; index < 2; index += 1) expect((await verify(forged)).status).toBe(401);
+  const refused = await verify(signed[1]);
+  expect(refused.status).toBe(429);
+  expect(refused.text).toContain('loginBurst');
+});
+
+test('one address may begin loginBurst times at once, and is told to wait at one more', async () => {
   await using small = await Harness.open({ limits: { loginBurst: 5 } });
   const ask = () =>
     small.call('POST', '/internal/v1/auth/siwe/request', { token: null, json: { wallet: WALLET } });
@@ -331,8 +348,10 @@ test('one address may ask loginBurst times at once, and is told to wait at one m
   // Refilled at one every two seconds: slow enough to meet, unless this machine stands still.
   const refused = await ask();
   expect(refused.status).toBe(429);
-  expect(refused.header('retry-after')).toBe('1');
+  expect(refused.header('retry-after')).toBe('2');
   expect(refused.text).toContain('loginBurst');
+  // The next in line is told to come after it.
+  expect((await ask()).header('retry-after')).toBe('4');
 });
 
 function base64(text: string): string {

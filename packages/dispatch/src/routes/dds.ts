@@ -3,8 +3,8 @@
  * operator's credentials, and login, which gives the node token. Errors are plain text here, as the reference's
  * peers expect.
  *
- * Recovering a signer costs 1.5 ms of CPU, so everything cheap is checked before, and one address may ask for only
- * so much (`limits.loginBurst`). A nonce is gone with the first request that names it, whatever becomes of it.
+ * Recovering a signer costs 1.5 ms of CPU, so everything cheap is checked before, and one address may begin only so many
+ * registrations and logins (`limits.loginBurst`). A nonce is gone with the first request that names it, whatever becomes of it.
  */
 import { createHash, randomBytes } from 'node:crypto';
 import { MAX_CAPABILITY_BYTES, MillraceError, checkCapability, type Clock } from '@millrace/runner';
@@ -12,6 +12,7 @@ import { uuid } from '@millrace/runner/decode';
 import type { FastifyInstance, FastifyRequest } from 'fastify';
 import { textErrorHandler } from '../errors-http.ts';
 import { LruMap } from '../lru.ts';
+import { parseResources, type Resources } from '../resources.ts';
 import { parseSiweMessage, recoverAddress, type SiweMessage } from '../siwe.ts';
 import type { Nonce } from '../store.ts';
 import type { ServerContext } from './context.ts';
@@ -39,6 +40,7 @@ interface RegisterBody {
   readonly version: string;
   readonly max_concurrency?: number | null;
   readonly labels?: Readonly<Record<string, string>> | null;
+  readonly resources?: unknown;
 }
 interface VerifyBody {
   readonly address?: string | null;
@@ -93,19 +95,39 @@ const SCHEMAS = {
   },
 };
 
+/** @throws MillraceError `invalid_argument` */
+function resourcesOf(value: unknown): Resources | null {
+  try {
+    return parseResources(value);
+  } catch (error) {
+    const { message, details } = MillraceError.from(error);
+    const { name } = details;
+    const [path, given] =
+      typeof name === 'string'
+        ? [`resources.${name}`, (value as Readonly<Record<string, unknown>>)[name]]
+        : ['resources', value];
+    const shown = JSON.stringify(given) ?? 'nothing';
+    throw new MillraceError('invalid_argument', `${path} ${message}, got ${shown.slice(0, 120)}`);
+  }
+}
+
 export function registerDdsRoutes(app: FastifyInstance, context: ServerContext): void {
   const { store, clock, limits, log, auth } = context;
   const errorHandler = textErrorHandler(log);
   const bucket = new AddressBucket(clock, limits.loginBurst);
-  // A login is two requests and a registration four; all of them pay.
-  const onRequest = (request: FastifyRequest): Promise<void> => {
+  // Who got a nonce has paid for the request that uses it up, and is not sent away half way.
+  const begins = (request: FastifyRequest): Promise<void> => {
     bucket.take(request.ip);
+    return Promise.resolve();
+  };
+  const goesOn = (request: FastifyRequest): Promise<void> => {
+    bucket.check(request.ip);
     return Promise.resolve();
   };
 
   app.post<{ Body: { wallet: string } }>(
     '/internal/v1/auth/siwe/request',
-    { schema: { body: SCHEMAS.nonce }, errorHandler, onRequest },
+    { schema: { body: SCHEMAS.nonce }, errorHandler, onRequest: begins },
     async (request) => {
       const uri = context.publicUrl();
       const now = clock.now();
@@ -132,7 +154,7 @@ export function registerDdsRoutes(app: FastifyInstance, context: ServerContext):
 
   app.post<{ Body: RegisterBody }>(
     '/internal/v1/nodes/register-wallet',
-    { schema: { body: SCHEMAS.register }, errorHandler, onRequest },
+    { schema: { body: SCHEMAS.register }, errorHandler, onRequest: goesOn },
     async (request, reply) => {
       const { body } = request;
       for (const capability of body.capabilities) checkCapability(capability);
@@ -142,9 +164,10 @@ export function registerDdsRoutes(app: FastifyInstance, context: ServerContext):
           `version must be SemVer (major.minor.patch), got ${JSON.stringify(body.version)}`,
         );
       }
+      const resources = resourcesOf(body.resources);
       const { nodeId, secret } = parseCredentials(body.registration_credentials);
       const message = parseSiweMessage(body.message);
-      await consumeNonce(message);
+      await consumeNonce(request, message);
       const secretHash = hashSecret(secret);
       if (!(await store.nodeHasSecret(nodeId, secretHash))) throw wrongCredentials(nodeId);
       verifySignature(message, body);
@@ -156,6 +179,7 @@ export function registerDdsRoutes(app: FastifyInstance, context: ServerContext):
         labels: body.labels ?? {},
         version: body.version,
         maxConcurrency: Math.min(body.max_concurrency ?? 1, MAX_CONCURRENCY),
+        resources,
       });
       auth.registered(nodeId, message.address);
       log.info('node registered', {
@@ -170,11 +194,11 @@ export function registerDdsRoutes(app: FastifyInstance, context: ServerContext):
 
   app.post<{ Body: VerifyBody }>(
     '/internal/v1/auth/siwe/verify',
-    { schema: { body: SCHEMAS.verify }, errorHandler, onRequest },
+    { schema: { body: SCHEMAS.verify }, errorHandler, onRequest: goesOn },
     async (request) => {
       const { body } = request;
       const message = parseSiweMessage(body.message);
-      await consumeNonce(message);
+      await consumeNonce(request, message);
       if (body.address != null && body.address.toLowerCase() !== message.address) {
         throw new MillraceError('permission_denied', 'wallet does not match node');
       }
@@ -205,7 +229,7 @@ export function registerDdsRoutes(app: FastifyInstance, context: ServerContext):
    * The nonce was issued here, for this wallet, and says what the message says. `Issued At` is not compared: clients may write
    * the time in their own way, and how old a nonce is is known here.
    */
-  async function consumeNonce(message: SiweMessage): Promise<void> {
+  async function consumeNonce(request: FastifyRequest, message: SiweMessage): Promise<void> {
     const issued = await store.takeNonce(message.nonce);
     const now = clock.now();
     if (
@@ -219,6 +243,7 @@ export function registerDdsRoutes(app: FastifyInstance, context: ServerContext):
       (message.expirationTime !== null && Date.parse(message.expirationTime) <= now) ||
       (message.notBefore !== null && Date.parse(message.notBefore) > now)
     ) {
+      bucket.charge(request.ip);
       throw new MillraceError('unauthenticated', 'invalid nonce');
     }
   }
@@ -267,31 +292,74 @@ export function hashSecret(secret: string): string {
   return createHash('sha256').update(secret).digest('hex');
 }
 
-/** Requests per remote address: a burst, refilled at a tenth of it per second. */
+interface Bucket {
+  /** Below 0 after what was not paid for. */
+  tokens: number;
+  /** How many were told when to come and did not have the time for it yet. */
+  queue: number;
+  /** Monotonic. */
+  at: number;
+}
+
+/** The longest that a client is told to wait. */
+const LONGEST_WAIT_MS = 60_000;
+
+/**
+ * Registrations and logins begun per remote address: a burst, refilled at a tenth of it per second. Those that are refused are told to come back one
+ * after the other, as fast as that lets them in: a thousand nodes behind one address that start at once must not all
+ * come again at once.
+ */
 class AddressBucket {
   readonly #clock: Clock;
   readonly #burst: number;
-  readonly #buckets = new LruMap<string, { tokens: number; at: number }>(10_000);
+  readonly #perMs: number;
+  readonly #buckets = new LruMap<string, Bucket>(10_000);
 
   constructor(clock: Clock, burst: number) {
     this.#clock = clock;
     this.#burst = burst;
+    this.#perMs = burst / 10 / 1000;
   }
 
-  /** @throws MillraceError `resource_exhausted` (retryable) */
+  /** One begins. @throws MillraceError `resource_exhausted` (retryable) */
   take(address: string): void {
+    const bucket = this.#filled(address);
+    if (bucket.tokens < 1) this.#refuse(bucket);
+    bucket.tokens -= 1;
+  }
+
+  /** What was paid for goes on, unless too much came that was not. @throws MillraceError `resource_exhausted` (retryable) */
+  check(address: string): void {
+    const bucket = this.#filled(address);
+    if (bucket.tokens < 0) this.#refuse(bucket);
+  }
+
+  /** For what was not paid for. */
+  charge(address: string): void {
+    this.#filled(address).tokens -= 1;
+  }
+
+  #filled(address: string): Bucket {
     const now = this.#clock.monotonic();
-    const bucket = this.#buckets.get(address) ?? { tokens: this.#burst, at: now };
-    bucket.tokens = Math.min(this.#burst, bucket.tokens + ((now - bucket.at) / 1000) * (this.#burst / 10));
+    const bucket = this.#buckets.get(address) ?? { tokens: this.#burst, queue: 0, at: now };
+    const refilled = (now - bucket.at) * this.#perMs;
+    bucket.tokens = Math.min(this.#burst, bucket.tokens + refilled);
+    bucket.queue = Math.max(0, bucket.queue - refilled);
     bucket.at = now;
     this.#buckets.set(address, bucket);
-    if (bucket.tokens < 1) {
-      throw new MillraceError(
-        'resource_exhausted',
-        `too many registrations and logins from one address (limit loginBurst, ${this.#burst}); try again soon`,
-        { retryable: true, details: { limit: 'loginBurst', value: this.#burst } },
-      );
-    }
-    bucket.tokens -= 1;
+    return bucket;
+  }
+
+  #refuse(bucket: Bucket): never {
+    bucket.queue += 1;
+    const waitMs = Math.min(LONGEST_WAIT_MS, Math.ceil(bucket.queue / this.#perMs));
+    throw new MillraceError(
+      'resource_exhausted',
+      `too many registrations and logins from one address (limit loginBurst, ${this.#burst}); try again soon`,
+      {
+        retryable: true,
+        details: { limit: 'loginBurst', value: this.#burst, retry_after_ms: waitMs },
+      },
+    );
   }
 }

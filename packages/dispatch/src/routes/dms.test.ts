@@ -566,6 +566,7 @@ describe('batches', () => {
       batch_items: 8,
       lease_ids: true,
       start_on_lease: true,
+      lease_on_complete: true,
       ending_usage: true,
       task_logs: 16 * 1024 * 1024,
       registration_interval_secs: null,
@@ -658,6 +659,55 @@ describe('batches', () => {
     });
     // The second was completed above: it is final.
     expect(released.body.results.map((r: { status: number }) => r.status)).toEqual([200, 409]);
+  });
+
+  test('completions bring leases in their places along, and none where nothing was completed', async () => {
+    const { as, submit } = await scene({ maxConcurrency: 1 });
+    for (let index = 0; index < 2; index += 1) await submit();
+    const complete = (ref: object, lease?: object) =>
+      as.call('POST', '/v1/tasks/complete', {
+        json: { items: [ref], ...(lease !== undefined && { lease }) },
+      });
+    const refOf = ({ lease_id, task }: { lease_id: string; task: { id: string } }) => ({
+      task_id: task.id,
+      lease_id,
+    });
+    const first = refOf((await as.call('POST', '/v1/tasks/lease', { json: { max: 1 } })).body.leases[0]);
+
+    // The only place is taken while the first is not completed.
+    const unknown = { task_id: '2f9f6b57-2c7b-4e0e-8d1b-7f8d0a4f9c10' };
+    const early = await complete(unknown, { max: 1 });
+    expect(early.status).toBe(200);
+    expect(early.body).toMatchObject({ results: [{ status: 404 }], leases: [] });
+
+    const next = await complete(first, { max: 8, start: true });
+    expect(next.body.results).toMatchObject([{ status: 200, body: first }]);
+    expect(next.body.leases).toHaveLength(1);
+    expect(parseLease(next.body.leases[0])).toMatchObject({
+      status: 'running',
+      access_token: expect.any(String),
+    });
+    const second = refOf(next.body.leases[0]);
+    expect(second.task_id).not.toBe(first.task_id);
+
+    const third = (await complete(second, { max: 1, tokens: false, capabilities: ['/no/such/v1'] })).body;
+    expect(third).toMatchObject({ results: [{ status: 200 }], leases: [] });
+    const again = (await complete(second, { max: 1, tokens: false })).body;
+    expect(again).toMatchObject({
+      results: [{ status: 200 }],
+      leases: [{ access_token: null, status: 'leased' }],
+    });
+    expect((await complete(refOf(again.leases[0]))).body).not.toHaveProperty('leases');
+  });
+
+  test('a request for leases that is not understood completes nothing', async () => {
+    const { as } = await scene();
+    const { id } = (await as.lease()).body.task;
+    for (const lease of [{}, { max: 0 }, { max: 9 }, { max: 1, start: 'yes' }, 1]) {
+      const json = { items: [{ task_id: id }], lease };
+      expect((await as.call('POST', '/v1/tasks/complete', { json })).status).toBe(400);
+    }
+    expect((await as.heartbeat(id)).status).toBe(200);
   });
 
   test('as many items as announced are taken, one more is 400', async () => {

@@ -68,6 +68,10 @@ interface LeaseBody {
   readonly tokens?: boolean;
   readonly capabilities?: readonly string[];
 }
+/** With a batch of completions: leases in their places. */
+interface NextLeases {
+  readonly lease?: Omit<LeaseBody, 'wait'>;
+}
 interface Batch<T> {
   readonly items: readonly (BatchItem & T)[];
   readonly tokens?: boolean;
@@ -92,6 +96,7 @@ export function registerDmsRoutes(app: FastifyInstance, context: ServerContext):
     batch_items: limits.batchItems,
     lease_ids: true,
     start_on_lease: true,
+    lease_on_complete: true,
     task_logs: limits.taskLogBytes,
     ending_usage: true,
     registration_interval_secs: null,
@@ -215,14 +220,43 @@ export function registerDmsRoutes(app: FastifyInstance, context: ServerContext):
     },
   );
 
-  app.post<{ Body: Batch<CompleteBody> }>(
+  app.post<{ Body: Batch<CompleteBody> & NextLeases }>(
     '/v1/tasks/complete',
     { schema: { body: schemas.completes } },
-    async (request) => {
+    async (request, reply) => {
       const claims = await auth.node(request);
-      const { items } = request.body;
-      const outcomes = await store.complete(items.map((item) => completion(leaseOfItem(item, claims), item)));
-      return results(items, outcomes, (ended, item) => desk.ending(item.task_id, ended, 'completed'));
+      const { items, lease } = request.body;
+      const completing = store
+        .complete(items.map((item) => completion(leaseOfItem(item, claims), item)))
+        // Leases that were granted all the same must reach the node.
+        .catch((error: unknown) =>
+          items.map(() => ({ ok: false, error: MillraceError.from(error) }) as const),
+        );
+      // In the same turn, so that both share a commit, and after the endings, whose places they take.
+      const leasing =
+        lease === undefined
+          ? null
+          : desk.lease(request, reply, null, {
+              nodeId: claims.nodeId,
+              max: lease.max,
+              capabilities: lease.capabilities ?? null,
+              start: lease.start ?? false,
+            });
+      const leases = leasing?.then(
+        (answer) =>
+          answer.leases.map((granted) =>
+            Object.assign(
+              { lease_id: granted.leaseId },
+              desk.envelope(granted, claims, lease?.tokens ?? true),
+            ),
+          ),
+        // Why there is none is for the request that asks for nothing else.
+        () => [],
+      );
+      const answer = results(items, await completing, (ended, item) =>
+        desk.ending(item.task_id, ended, 'completed'),
+      );
+      return leases === undefined ? answer : { ...answer, leases: await leases };
     },
   );
 
@@ -601,15 +635,22 @@ function bodySchemas(batchItems: number) {
   };
   const fail = { reason: { type: 'string' }, details: {} };
   const release = { reason: { enum: ['shutdown', 'canceled', 'setup_failed'] }, details: {} };
+  const lease = {
+    max: { type: 'integer', minimum: 1, maximum: batchItems },
+    start: { type: 'boolean' },
+    tokens: { type: 'boolean' },
+    capabilities: { type: 'array', items: { type: 'string' }, maxItems: 256 },
+  };
   const one = (properties: object, required: readonly string[] = []): object => ({
     type: 'object',
     properties,
     required,
   });
-  const many = (properties: object, required: readonly string[] = []): object => ({
+  const many = (properties: object, required: readonly string[] = [], beside: object = {}): object => ({
     type: 'object',
     required: ['items'],
     properties: {
+      ...beside,
       tokens: { type: 'boolean' },
       items: {
         type: 'array',
@@ -627,7 +668,7 @@ function bodySchemas(batchItems: number) {
     heartbeats: many(heartbeat),
     // The reference always sends a body; a client with nothing to report may not.
     complete: { anyOf: [one(complete), { type: 'null' }] },
-    completes: many(complete),
+    completes: many(complete, [], { lease: one(lease, ['max']) }),
     logs: many(logs, ['offset', 'lines']),
     fail: one(fail, ['reason']),
     fails: many(fail, ['reason']),
@@ -636,15 +677,6 @@ function bodySchemas(batchItems: number) {
     watch: one({ lease_ids: { type: 'array', minItems: 1, maxItems: batchItems, items: uuid } }, [
       'lease_ids',
     ]),
-    lease: one(
-      {
-        max: { type: 'integer', minimum: 1, maximum: batchItems },
-        wait: { type: 'number', minimum: 0 },
-        start: { type: 'boolean' },
-        tokens: { type: 'boolean' },
-        capabilities: { type: 'array', items: { type: 'string' }, maxItems: 256 },
-      },
-      ['max'],
-    ),
+    lease: one({ ...lease, wait: { type: 'number', minimum: 0 } }, ['max']),
   };
 }

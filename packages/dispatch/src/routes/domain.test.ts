@@ -218,6 +218,7 @@ describe('domain storage over HTTP', () => {
       upload: {
         request_max_bytes: REQUEST,
         domain_data_max_bytes: ITEM_MAX,
+        unique_names: true,
         multipart: { enabled: true, part_size_bytes: PART },
       },
     });
@@ -713,7 +714,7 @@ describe('domain storage over HTTP', () => {
     const bytes = randomBytes(200_000);
     const item = await create(bytes);
     const hex = item.digest.slice('sha256:'.length);
-    const path = join(dir, 'blobs', 'sha256', hex.slice(0, 2), hex.slice(2, 4), hex);
+    const path = join(dir, 'blobs', 'sha256', hex.slice(0, 2), hex);
     const accept = { headers: { accept: 'multipart/form-data' } };
     const flipped = Buffer.from(bytes);
     flipped[199_999]! ^= 1;
@@ -731,9 +732,9 @@ describe('domain storage over HTTP', () => {
   });
 
   test('garbage is what nothing names, and only once it is old', async () => {
-    const replaced = await create(Buffer.from(`replaced ${randomUUID()}`));
-    const kept = await create(Buffer.from(`kept ${randomUUID()}`));
-    await upload({ existingId: replaced.id }, Buffer.from(`new ${randomUUID()}`));
+    const replaced = await create(randomBytes(100_000));
+    const kept = await create(randomBytes(100_000));
+    await upload({ existingId: replaced.id }, randomBytes(100_000));
     expect(await collectGarbage(store, blobs)).toMatchObject({ blobs: 0 });
     expect(await blobs.stat(replaced.digest)).not.toBeNull();
     const later = { ...systemClock, now: () => systemClock.now() + 2 * 60 * 60 * 1000 };

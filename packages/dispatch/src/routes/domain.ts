@@ -1,18 +1,19 @@
 /**
- * Domain storage over HTTP (posemesh protocol, section 4): items are named records over blobs. Downloads as multipart,
+ * Domain storage over HTTP (posemesh protocol, section 4): items are named records over bytes. Downloads as multipart,
  * JSON or raw bytes; uploads in one request or in parts. Errors are plain text, as the service has them.
  *
  * Invariants:
  * - Bodies are streams both ways; memory does not grow with an item's size.
+ * - Bytes of small items go with their name into a store that keeps them (`Store.small`): one commit makes both durable.
  * - Nothing is named before its bytes are durable, and nothing of a refused request is named. Bytes that were stored
  *   but not named are the collector's (`blobs/collect.ts`), which leaves alone what was put in the last hour; an
  *   upload in one request is therefore cut off well before that.
  * - A token of a lease writes only while the lease is its task's newest (the store judges that), does not delete, and
  *   when its task has an outputs prefix replaces only what its own job created. Reads are free within the domain.
  */
-import { randomBytes, randomUUID } from 'node:crypto';
+import { createHash, randomBytes, randomUUID } from 'node:crypto';
 import type { Readable } from 'node:stream';
-import { MillraceError } from '@millrace/runner';
+import { MillraceError, type ByteStream } from '@millrace/runner';
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
 import { z } from 'zod';
 import type { Access, DomainAccess } from '../auth.ts';
@@ -31,8 +32,17 @@ import { readableFrom } from '../pull-stream.ts';
 import type { DataRecord } from '../records.ts';
 import type { DataWrite, UploadRecord } from '../store.ts';
 import { headerOf, requireUuid, type ServerContext } from './context.ts';
+import {
+  DIRECT_FROM_BYTES,
+  DIRECT_WHOLE_BYTES,
+  directPartsBody,
+  directPuts,
+  partBytes,
+  sha256Hex,
+  withDirectParts,
+} from './direct-uploads.ts';
 import { byteRange, matchesEtag } from './ranges.ts';
-import { answerEarly, contentLength, tooLarge, withBody } from './raw-body.ts';
+import { answerEarly, contentLength, shortBody, tooLarge, withBody } from './raw-body.ts';
 
 /** Ids in one download. */
 const MAX_IDS = 1000;
@@ -46,6 +56,12 @@ const COMPLETED_UPLOADS = 10_000;
 /** A client that is sent to the bucket begins to read there within this. */
 const DIRECT_URL_SECS = 300;
 
+/** Small items of one request whose bytes are held in memory, in all. As much as a JSON body may have. */
+const HELD_BYTES = 2 * 1024 * 1024;
+
+/** A body this short is read whole before it is looked at. Longer than a small item and what surrounds it. */
+const SHORT_BODY_BYTES = 128 * 1024;
+
 /** A read that finds the bytes gone looks once more for what the record names now. */
 const READ_TRIES = 2;
 
@@ -55,6 +71,7 @@ const startUploadBody = z.object({
   size: z.number().int().nonnegative().nullish(),
   content_type: z.string().nullish(),
   existing_id: z.string().nullish(),
+  sha256: sha256Hex.nullish(),
 });
 
 const finishUploadBody = z.object({
@@ -84,6 +101,8 @@ export function registerDomainRoutes(app: FastifyInstance, ctx: ServerContext): 
       // Where a client that asks for it (`millrace-direct: 1`) may be sent for bytes. It goes nowhere else.
       scope.addHook('onRequest', async (_request, reply) => {
         void reply.header('millrace-direct-origin', direct.origin);
+        // It may also ask where to put the parts of an upload: `POST …/multipart/direct`.
+        if (ctx.blobs.directParts !== undefined) void reply.header('millrace-direct-parts', '1');
       });
     }
     const data = '/api/v1/domains/:domainId/data';
@@ -96,6 +115,7 @@ export function registerDomainRoutes(app: FastifyInstance, ctx: ServerContext): 
     scope.post(data, (request, reply) => routes.upload(request, reply));
     scope.put(data, (request, reply) => routes.upload(request, reply));
     scope.post(`${data}/multipart`, (request, reply) => routes.startOrFinish(request, reply));
+    scope.post(`${data}/multipart/direct`, (request, reply) => routes.directParts(request, reply));
     scope.put(`${data}/multipart`, (request, reply) => routes.part(request, reply));
     scope.delete(`${data}/multipart`, (request, reply) => routes.abort(request, reply));
     scope.get(`${data}/:dataId`, { exposeHeadRoute: false }, (request, reply) => routes.item(request, reply));
@@ -121,7 +141,14 @@ class DomainRoutes {
       upload: {
         request_max_bytes: limits.uploadRequestBytes,
         domain_data_max_bytes: limits.dataBytes,
-        multipart: { enabled: true, part_size_bytes: limits.partBytes },
+        unique_names: true,
+        multipart: {
+          enabled: true,
+          part_size_bytes: limits.partBytes,
+          ...(this.#ctx.blobs.directParts !== undefined && {
+            direct: { from_bytes: DIRECT_FROM_BYTES, whole_bytes: DIRECT_WHOLE_BYTES },
+          }),
+        },
       },
     };
   }
@@ -164,7 +191,7 @@ class DomainRoutes {
   /** `POST` and `PUT …/data`: items whole, in one multipart body. */
   async upload(request: FastifyRequest, reply: FastifyReply): Promise<FastifyReply> {
     const { domainId, access } = await this.#authorize(request, 'write');
-    const { limits, blobs, store } = this.#ctx;
+    const { limits, store } = this.#ctx;
     const boundary = uploadBoundary(headerOf(request, 'content-type'));
     const announced = contentLength(request);
     if (announced !== null && announced > limits.uploadRequestBytes) {
@@ -172,24 +199,55 @@ class DomainRoutes {
     }
     const bounds = { limit: limits.uploadRequestBytes, name: 'uploadRequestBytes', deadline: true };
     const writes: DataWrite[] = [];
-    await withBody(this.#ctx, request, reply, bounds, async (body, signal) => {
+    let room = HELD_BYTES;
+    const take = async (body: ByteStream, signal?: AbortSignal): Promise<void> => {
       for await (const part of readUpload(body, boundary)) {
         const target = uploadTarget(part, request.method === 'PUT');
-        // The item's own bound first: more than it must not be stored just because the request may be larger.
-        const blob = await blobs.put(chunksOf(part), { maxBytes: limits.dataBytes, signal });
+        const stored = await this.#store(part, room, signal);
+        room -= stored.bytes?.length ?? 0;
         writes.push({
           ...target,
+          ...stored,
           domainId,
-          digest: blob.digest,
-          size: blob.size,
           lease: access.lease,
           ownOnly: confined(access),
           replaceByName: false,
         });
       }
-    });
+    };
+    if (announced !== null && announced <= SHORT_BODY_BYTES) await take(once(await shortBody(request)));
+    else await withBody(this.#ctx, request, reply, bounds, take);
     // Only now, and all at once: what is bad or refused in the last part changes nothing.
     return reply.send({ data: await store.putData(writes) });
+  }
+
+  /**
+   * Small bytes are held, to be written with their name. Others go into the blob store, and so do small ones for which there is no
+   * `room` left.
+   */
+  async #store(
+    part: MultipartPart,
+    room: number,
+    signal: AbortSignal | undefined,
+  ): Promise<Pick<DataWrite, 'digest' | 'size' | 'bytes'>> {
+    const { blobs, limits, store } = this.#ctx;
+    const most = store.small === undefined ? -1 : Math.min(room, store.small.maxBytes, limits.dataBytes);
+    const held: Uint8Array[] = [];
+    let size = 0;
+    while (size <= most) {
+      const chunk = await part.pull();
+      if (chunk === null) {
+        const bytes = held.length === 1 ? held[0]! : Buffer.concat(held, size);
+        return { digest: digestOf(bytes), size, bytes };
+      }
+      held.push(chunk);
+      size += chunk.length;
+    }
+    // The item's own bound: more than it must not be stored just because the request may be larger.
+    return await blobs.put(chunksOf(part, held), {
+      maxBytes: limits.dataBytes,
+      ...(signal !== undefined && { signal }),
+    });
   }
 
   /** `POST …/data/multipart`: with `uploads` begins, with `uploadId` completes a chunked upload. */
@@ -202,7 +260,7 @@ class DomainRoutes {
 
   async #start(request: FastifyRequest, reply: FastifyReply): Promise<FastifyReply> {
     const { domainId, access } = await this.#authorize(request, 'write');
-    const { limits, store, clock } = this.#ctx;
+    const { limits, store, clock, blobs } = this.#ctx;
     const body = await this.#json(request, reply, startUploadBody);
     checkDataName(body.name, 'name');
     checkDataName(body.data_type, 'data_type');
@@ -220,7 +278,11 @@ class DomainRoutes {
       size,
       existingId,
       dataId: existingId ?? randomUUID(),
-      partSize: limits.partBytes,
+      // What is known as a whole goes past us as a whole: then nobody has to read it again to know what it is.
+      partSize:
+        blobs.directParts !== undefined && body.sha256 != null && size !== null && size <= DIRECT_WHOLE_BYTES
+          ? Math.max(limits.partBytes, size)
+          : limits.partBytes,
       expiresAtMs: clock.now() + UPLOAD_TTL_MS,
       lease: access.lease,
     };
@@ -247,8 +309,7 @@ class DomainRoutes {
         `partNumber must be an integer from 1 to ${most}, got ${JSON.stringify(text?.slice(0, 40) ?? null)}`,
       );
     }
-    const left = (upload.size ?? limits.dataBytes) - (partNumber - 1) * upload.partSize;
-    const maxBytes = Math.min(upload.partSize, left);
+    const maxBytes = partBytes(upload, partNumber, limits.dataBytes);
     const expect = upload.size === null ? {} : { expect: { size: maxBytes } };
     const announced = contentLength(request);
     if (announced !== null && announced > maxBytes)
@@ -256,7 +317,8 @@ class DomainRoutes {
     const bounds = { limit: maxBytes, name: 'part size', deadline: false };
     const part = await withBody(this.#ctx, request, reply, bounds, async (body, signal) => {
       try {
-        return await blobs.putPart(upload.id, partNumber, body, { maxBytes, signal, ...expect });
+        const at = (partNumber - 1) * upload.partSize;
+        return await blobs.putPart(upload.id, partNumber, body, { maxBytes, signal, at, ...expect });
       } catch (error) {
         // A short part is the client's mistake, not lost data.
         if (MillraceError.is(error) && error.code === 'data_loss') {
@@ -275,15 +337,31 @@ class DomainRoutes {
     return reply.send({ etag: part.digest });
   }
 
+  /** `POST …/data/multipart/direct`: how parts are put past the dispatcher. Other stores do not have it. */
+  async directParts(request: FastifyRequest, reply: FastifyReply): Promise<FastifyReply> {
+    const { upload } = await this.#upload(request);
+    const { blobs, limits } = this.#ctx;
+    const { parts } = await this.#json(request, reply, directPartsBody);
+    if (blobs.directParts === undefined) {
+      throw new MillraceError('unimplemented', 'parts of an upload are taken by the dispatcher only');
+    }
+    const puts = await directPuts(blobs.directParts, upload, parts, limits.dataBytes);
+    return reply.header('cache-control', 'no-store').send({ parts: puts });
+  }
+
   async #finish(request: FastifyRequest, reply: FastifyReply): Promise<FastifyReply> {
     const { upload, access, completed } = await this.#uploadOrCompleted(request);
     if (completed !== null) return reply.send(completed);
     const { blobs, store } = this.#ctx;
     const { parts } = await this.#json(request, reply, finishUploadBody);
-    const stored = checkParts(upload, parts);
+    const { directParts } = blobs;
+    const stored = checkParts(
+      directParts === undefined ? upload : await withDirectParts(directParts, upload, parts),
+      parts,
+    );
     const blob = await blobs.joinParts(
       upload.id,
-      stored.map((part) => ({ partNumber: part.partNumber, digest: part.etag })),
+      stored.map(({ partNumber, etag, size }) => ({ partNumber, digest: etag, size })),
     );
     const [record] = await store.putData([
       {
@@ -411,6 +489,8 @@ class DomainRoutes {
           .type('text/plain; charset=utf-8')
           .send(`range ${headerOf(request, 'range')} is not within the ${record.size} bytes of ${record.id}`);
       }
+      const small = await this.#small(record);
+      if (small !== null) return sendBytes(reply, small, range);
       const elsewhere = headerOf(request, 'millrace-direct') === '1' ? await this.#directUrl(record) : null;
       if (elsewhere !== null) {
         return reply.code(307).header('cache-control', 'no-store').header('location', elsewhere).send();
@@ -430,7 +510,16 @@ class DomainRoutes {
   }
 
   async #sendMultipart(reply: FastifyReply, records: readonly DataRecord[]): Promise<FastifyReply> {
+    // What is small is held from here on, as far as there is room: mostly that is the whole answer.
+    const held = new Map<DataRecord, Uint8Array>();
+    let room = HELD_BYTES;
     for (const record of records) {
+      const small = await this.#small(record);
+      if (small !== null) {
+        if (small.length <= room) held.set(record, small);
+        room -= small.length;
+        continue;
+      }
       const stored = await this.#ctx.blobs.stat(record.digest);
       if (stored === null || stored.size !== record.size) throw bytesMissing(record);
     }
@@ -441,31 +530,48 @@ class DomainRoutes {
       (sum, record, index) => sum + heads[index]!.length + record.size + 2,
       tail.length,
     );
+    void reply.header('content-length', length).type(`multipart/form-data; boundary=${boundary}`);
+    if (held.size === records.length) {
+      const pieces = records.flatMap((record, index) => [heads[index]!, held.get(record)!, LINE_END]);
+      return reply.send(Buffer.concat([...pieces, tail], length));
+    }
+    const small = async (record: DataRecord): Promise<Uint8Array | null> =>
+      held.get(record) ?? (await this.#small(record));
     const openBlob = (record: DataRecord): Promise<Readable | null> => this.#openBlob(record);
     const chunks = (async function* (): AsyncGenerator<Uint8Array> {
       for (const [index, record] of records.entries()) {
         yield heads[index]!;
-        const body = await openBlob(record);
-        if (body === null) throw bytesMissing(record);
-        yield* body as AsyncIterable<Buffer>;
+        const bytes = await small(record);
+        if (bytes === null) {
+          const body = await openBlob(record);
+          if (body === null) throw bytesMissing(record);
+          yield* body as AsyncIterable<Buffer>;
+        } else yield bytes;
         yield LINE_END;
       }
       yield tail;
     })();
-    return reply
-      .header('content-length', length)
-      .type(`multipart/form-data; boundary=${boundary}`)
-      .send(
-        readableFrom({
-          pull: async () => {
-            const next = await chunks.next();
-            return next.done === true ? null : next.value;
-          },
-          close: async () => {
-            await chunks.return(undefined);
-          },
-        }),
-      );
+    return reply.send(
+      readableFrom({
+        pull: async () => {
+          const next = await chunks.next();
+          return next.done === true ? null : next.value;
+        },
+        close: async () => {
+          await chunks.return(undefined);
+        },
+      }),
+    );
+  }
+
+  /** The bytes of an item the store keeps with its name, verified; null for any other. */
+  async #small(record: DataRecord): Promise<Uint8Array | null> {
+    const { small } = this.#ctx.store;
+    if (small === undefined || record.size > small.maxBytes) return null;
+    const bytes = await small.get(record.digest);
+    if (bytes === null) return null;
+    if (bytes.length !== record.size || digestOf(bytes) !== record.digest) throw bytesMissing(record);
+    return bytes;
   }
 
   /** Where the client may read the bytes itself; null when it may not, or when they are not there. */
@@ -486,7 +592,15 @@ class DomainRoutes {
     if (stored === null) return null;
     if (stored.size !== record.size) throw bytesMissing(record);
     try {
-      return await blobs.open(record.digest, range);
+      const body = await blobs.open(record.digest, range);
+      // The answer has begun by then and can only break off; who reads it cannot be told why.
+      body.once('error', (error: Error) =>
+        this.#ctx.log.error('stored bytes cannot be read', {
+          data_id: record.id,
+          error: error.message,
+        }),
+      );
+      return body;
     } catch (error) {
       if (MillraceError.is(error) && error.code === 'not_found') return null;
       throw error;
@@ -496,11 +610,16 @@ class DomainRoutes {
   async #json<T>(request: FastifyRequest, reply: FastifyReply, schema: z.ZodType<T>): Promise<T> {
     const limit = this.#ctx.limits.jsonBodyBytes;
     const bounds = { limit, name: 'jsonBodyBytes', deadline: true };
-    const text = await withBody(this.#ctx, request, reply, bounds, async (body) => {
-      const chunks: Uint8Array[] = [];
-      for await (const chunk of body) chunks.push(chunk);
-      return Buffer.concat(chunks).toString('utf8');
-    });
+    const announced = contentLength(request);
+    const bytes =
+      announced !== null && announced <= Math.min(limit, SHORT_BODY_BYTES)
+        ? await shortBody(request)
+        : await withBody(this.#ctx, request, reply, bounds, async (body) => {
+            const chunks: Uint8Array[] = [];
+            for await (const chunk of body) chunks.push(chunk);
+            return Buffer.concat(chunks);
+          });
+    const text = bytes.toString('utf8');
     let value: unknown;
     try {
       value = JSON.parse(text);
@@ -527,8 +646,29 @@ function values(value: string | string[] | undefined): readonly string[] {
   return value === undefined ? [] : Array.isArray(value) ? value : [value];
 }
 
-async function* chunksOf(part: MultipartPart): AsyncGenerator<Uint8Array> {
+async function* once(bytes: Uint8Array): AsyncGenerator<Uint8Array> {
+  yield bytes;
+}
+
+async function* chunksOf(part: MultipartPart, first: readonly Uint8Array[]): AsyncGenerator<Uint8Array> {
+  yield* first;
   for (let chunk = await part.pull(); chunk !== null; chunk = await part.pull()) yield chunk;
+}
+
+function sendBytes(
+  reply: FastifyReply,
+  bytes: Uint8Array,
+  range: { readonly start: number; readonly end: number } | null,
+): FastifyReply {
+  if (range === null) return reply.send(bytes);
+  return reply
+    .code(206)
+    .header('content-range', `bytes ${range.start}-${range.end}/${bytes.length}`)
+    .send(bytes.subarray(range.start, range.end + 1));
+}
+
+function digestOf(bytes: Uint8Array): string {
+  return `sha256:${createHash('sha256').update(bytes).digest('hex')}`;
 }
 
 /** A task with an outputs prefix keeps to what its job made. */

@@ -15,6 +15,8 @@ const MAX_LOG_BYTES = 1024 * 1024;
 const LINE_FEED = 0x0a;
 /** Running tasks of a job of whose logs the end is read to explain it. */
 const WAITS_READ = 256;
+/** Keys of a job's waiting tasks that are looked up to explain it. */
+const KEYS_READ = 64;
 
 const NEVER = new AbortController().signal;
 
@@ -70,8 +72,8 @@ export function registerTaskRoutes(app: FastifyInstance, context: ServerContext)
   app.get<IdRoute>('/v1/jobs/:id/explain', async (request) => {
     const claims = await auth.client(request, 'read');
     const [job, nodes] = await Promise.all([readJob(request.params.id, claims), store.listNodes()]);
-    const waits = await waitsOf(job.tasks);
-    return explainJob({ nowMs: clock.now(), job, nodes, waits });
+    const [waits, heldOfKeys] = await Promise.all([waitsOf(job.tasks), heldOfKeysOf(job.tasks)]);
+    return explainJob({ nowMs: clock.now(), job, nodes, waits, heldOfKeys });
   });
 
   app.get<IdRoute>('/v1/jobs/:id/logs', async (request) => {
@@ -83,6 +85,20 @@ export function registerTaskRoutes(app: FastifyInstance, context: ServerContext)
     if (logs === null) throw unknownJob(id);
     return { items: logs.map(({ taskId, attempt, size }) => ({ task_id: taskId, attempt, size })) };
   });
+
+  async function heldOfKeysOf(tasks: readonly TaskRecord[]): Promise<ReadonlyMap<string, number>> {
+    const firsts = new Map<string, string>();
+    for (const { id, status, concurrency } of tasks) {
+      if (firsts.size === KEYS_READ) break;
+      if (status === 'queued' && concurrency !== undefined && !firsts.has(concurrency.key)) {
+        firsts.set(concurrency.key, id);
+      }
+    }
+    const found = await Promise.all(
+      Array.from(firsts, async ([key, id]) => [key, (await store.standing(id))?.heldOfKey ?? 0] as const),
+    );
+    return new Map(found);
+  }
 
   async function waitsOf(tasks: readonly TaskRecord[]): Promise<ReadonlyMap<string, NodeWait>> {
     const running = tasks.filter(({ status }) => status === 'running').slice(0, WAITS_READ);
