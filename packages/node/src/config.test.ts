@@ -18,6 +18,7 @@ const DEFAULTS: NodeConfig = {
   heartbeatJitterMs: 250,
   heartbeatMinRatio: 0.25,
   heartbeatMaxRatio: 0.35,
+  contactGraceMs: 120_000,
   pollBackoffMinMs: 1_000,
   pollBackoffMaxMs: 30_000,
   tokenSafetyRatio: 0.75,
@@ -26,6 +27,7 @@ const DEFAULTS: NodeConfig = {
   registerIntervalMs: 120_000,
   registerMaxRetry: -1,
   maxConcurrency: 1,
+  resources: null,
   logFormat: 'json',
   logLevel: 'info',
   enableNoop: false,
@@ -78,11 +80,13 @@ describe('parseNodeEnv', () => {
         REGISTER_INTERVAL_SECS: '6',
         REGISTER_MAX_RETRY: '0',
         MAX_CONCURRENCY: '8',
+        RESOURCES: 'cpu=4, memory=1GiB',
         LOG_FORMAT: 'Text',
         ENABLE_NOOP: 'true',
         NOOP_SLEEP_SECS: '9',
         CLIENT_ID: 'node-1',
         LOG_LEVEL: 'debug',
+        CONTACT_GRACE_SECONDS: '10',
         HTTP_PROXY: 'http://proxy:3128',
         HTTPS_PROXY: 'https://user:pass@secure',
         NO_PROXY: 'localhost, 10.0.0.0/8',
@@ -91,6 +95,7 @@ describe('parseNodeEnv', () => {
       ...DEFAULTS,
       dmsBaseUrl: 'http://127.0.0.1:7070/v1',
       requestTimeoutMs: 7_000,
+      contactGraceMs: 10_000,
       nodeVersion: 'v1.2.3',
       ddsBaseUrl: 'http://127.0.0.1:7070',
       heartbeatJitterMs: 1,
@@ -104,6 +109,7 @@ describe('parseNodeEnv', () => {
       registerIntervalMs: 6_000,
       registerMaxRetry: 0,
       maxConcurrency: 8,
+      resources: { cpu: 4, memory: 1024 ** 3 },
       logFormat: 'text',
       logLevel: 'debug',
       enableNoop: true,
@@ -115,6 +121,12 @@ describe('parseNodeEnv', () => {
         no: 'localhost, 10.0.0.0/8',
       },
     } satisfies NodeConfig);
+  });
+
+  test('a node that says what it has holds a thousand tasks at once, unless another number is set', () => {
+    expect(config({ RESOURCES: 'cpu=4' }).maxConcurrency).toBe(1000);
+    expect(config({ RESOURCES: 'cpu=4', MAX_CONCURRENCY: '3' }).maxConcurrency).toBe(3);
+    expect(config({ RESOURCES: ' ' })).toEqual(DEFAULTS);
   });
 
   test.each([
@@ -191,9 +203,14 @@ describe('parseNodeEnv', () => {
     ['REQUEST_TIMEOUT_SECS', '-1', 'invalid integer in REQUEST_TIMEOUT_SECS'],
     ['REQUEST_TIMEOUT_SECS', '18446744073709551616', 'invalid integer in REQUEST_TIMEOUT_SECS'],
     ['POLL_BACKOFF_MS_MIN', '1e3', 'invalid integer in POLL_BACKOFF_MS_MIN'],
+    ['CONTACT_GRACE_SECONDS', '1m', 'invalid integer in CONTACT_GRACE_SECONDS'],
+    ['CONTACT_GRACE_SECONDS', '-1', 'invalid integer in CONTACT_GRACE_SECONDS'],
+    ['CONTACT_GRACE_SECONDS', '4294967296', 'invalid integer in CONTACT_GRACE_SECONDS'],
     ['TOKEN_REAUTH_MAX_RETRIES', '4294967296', 'invalid integer in TOKEN_REAUTH_MAX_RETRIES'],
     ['MAX_CONCURRENCY', '-1', 'invalid integer in MAX_CONCURRENCY: must be a whole number from 0 to'],
     ['MAX_CONCURRENCY', '4294967296', 'invalid integer in MAX_CONCURRENCY'],
+    ['RESOURCES', 'cpu=0', 'invalid amounts in RESOURCES: cpu must be a multiple of 0.001, above 0'],
+    ['RESOURCES', '8 cores', 'invalid amounts in RESOURCES: must be a list such as cpu=8,memory=32GiB,gpu=1'],
     ['HEARTBEAT_MIN_RATIO', 'quarter', 'invalid float in HEARTBEAT_MIN_RATIO'],
     ['HEARTBEAT_MIN_RATIO', 'nan', 'invalid float in HEARTBEAT_MIN_RATIO'],
     ['HEARTBEAT_MAX_RATIO', 'inf', 'invalid float in HEARTBEAT_MAX_RATIO'],
@@ -311,6 +328,7 @@ describe('describeConfig', () => {
       ...REQUIRED,
       REQUEST_TIMEOUT_SECS: '0',
       MAX_CONCURRENCY: '0',
+      RESOURCES: 'memory=1GiB,cpu=4',
       RUST_LOG: 'debug',
       CLIENT_ID: ' ',
       http_proxy: 'http://user:pass@proxy:3128',
@@ -338,11 +356,13 @@ describe('describeConfig', () => {
       { name: 'REGISTER_INTERVAL_SECS', value: 120, source: null },
       { name: 'REGISTER_MAX_RETRY', value: -1, source: null },
       { name: 'MAX_CONCURRENCY', value: 1, source: 'MAX_CONCURRENCY' },
+      { name: 'RESOURCES', value: 'cpu=4,memory=1073741824', source: 'RESOURCES' },
       { name: 'LOG_FORMAT', value: 'json', source: null },
       { name: 'ENABLE_NOOP', value: false, source: null },
       { name: 'NOOP_SLEEP_SECS', value: 5, source: null },
       { name: 'CLIENT_ID', value: null, source: null },
       { name: 'LOG_LEVEL', value: 'debug', source: 'RUST_LOG' },
+      { name: 'CONTACT_GRACE_SECONDS', value: 120, source: null },
       { name: 'HTTP_PROXY', value: 'http://<redacted>@proxy:3128', source: 'http_proxy' },
       { name: 'HTTPS_PROXY', value: null, source: 'HTTPS_PROXY' },
       { name: 'ALL_PROXY', value: null, source: null },
@@ -381,6 +401,7 @@ describe('describeConfig', () => {
       SECP256K1_PRIVHEX: 'required',
       NODE_VERSION: "the engine's version",
       CLIENT_ID: 'random',
+      RESOURCES: 'none',
       HTTP_PROXY: 'none',
       HTTPS_PROXY: 'none',
       ALL_PROXY: 'none',

@@ -8,7 +8,13 @@
  * tolerated (swapped bounds, ratios out of range), values no node can work with are refused.
  */
 import { MillraceError, type LogLevel } from '@millrace/runner';
-import { walletAddress, type ProxySettings } from '@millrace/dispatch/client';
+import {
+  formatResources,
+  parseResourceList,
+  walletAddress,
+  type ProxySettings,
+  type Resources,
+} from '@millrace/dispatch/client';
 import { z } from 'zod';
 import { ENGINE_VERSION, registrationVersion } from './version.ts';
 
@@ -26,6 +32,8 @@ export interface NodeConfig {
   readonly regSecret: string;
   /** Secret. A valid secp256k1 key: 64 hex digits, `0x` before them allowed. */
   readonly privateKeyHex: string;
+  /** How long tasks go on after their lease is over while the dispatcher cannot be reached; 0: not at all. */
+  readonly contactGraceMs: number;
   /** Read for compatibility; heartbeats do not use it. */
   readonly heartbeatJitterMs: number;
   /** Any finite number; may be above `heartbeatMaxRatio`, and both outside 0 to 1. */
@@ -46,6 +54,8 @@ export interface NodeConfig {
   readonly registerMaxRetry: number;
   /** Leases held at once. At least 1. */
   readonly maxConcurrency: number;
+  /** What the node has to give to its tasks. Null: it does not say, and only {@link maxConcurrency} bounds them. */
+  readonly resources: Resources | null;
   readonly logFormat: 'json' | 'text';
   readonly logLevel: LogLevel | 'off';
   /** Adds the no-op runner. */
@@ -69,6 +79,9 @@ export interface ConfigEntry {
 
 /** Environment variables by name, such as `process.env`. */
 export type Env = Readonly<Record<string, string | undefined>>;
+
+/** Leases of a node that counts what tasks take and says no other number. */
+const COUNTED_CONCURRENCY = 1000;
 
 const U32_MAX = 2n ** 32n - 1n;
 const U64_MAX = 2n ** 64n - 1n;
@@ -137,6 +150,8 @@ const VARIABLES = {
   REGISTER_INTERVAL_SECS: lenient('120', integer('REGISTER_INTERVAL_SECS', 0n, U64_MAX)),
   REGISTER_MAX_RETRY: lenient('-1', retryLimit('REGISTER_MAX_RETRY')),
   MAX_CONCURRENCY: strict('1', integer('MAX_CONCURRENCY', 0n, U32_MAX)),
+  // Ours, like what follows on HTTP.
+  RESOURCES: optional(resourceList('RESOURCES')),
   LOG_FORMAT: lenient(
     'json',
     z.string().transform((text) => (text.toLowerCase() === 'text' ? ('text' as const) : ('json' as const))),
@@ -150,6 +165,8 @@ const VARIABLES = {
     'info',
     z.string().transform((text) => logLevelOf(text) ?? 'info'),
   ),
+  // Ours.
+  CONTACT_GRACE_SECONDS: lenient('120', integer('CONTACT_GRACE_SECONDS', 0n, U32_MAX)),
   // Not the node's own, but those of every program on the machine; what others make of them is no error here either.
   HTTP_PROXY: optional(z.string().transform(proxyUrl)),
   HTTPS_PROXY: optional(z.string().transform(proxyUrl)),
@@ -181,6 +198,7 @@ export function parseNodeEnv(env: Env): NodeConfig {
     ddsBaseUrl: values.DDS_BASE_URL,
     regSecret: values.REG_SECRET,
     privateKeyHex: values.SECP256K1_PRIVHEX,
+    contactGraceMs: secondsToMs(values.CONTACT_GRACE_SECONDS),
     heartbeatJitterMs: values.HEARTBEAT_JITTER_MS,
     heartbeatMinRatio: values.HEARTBEAT_MIN_RATIO,
     heartbeatMaxRatio: values.HEARTBEAT_MAX_RATIO,
@@ -192,7 +210,11 @@ export function parseNodeEnv(env: Env): NodeConfig {
     registerIntervalMs: secondsToMs(Math.max(1, values.REGISTER_INTERVAL_SECS)),
     registerMaxRetry: values.REGISTER_MAX_RETRY,
     // The reference reads it and does one task at a time, also with 0; a node that obeys 0 would never lease.
-    maxConcurrency: Math.max(1, values.MAX_CONCURRENCY),
+    maxConcurrency:
+      values.RESOURCES !== null && textOf(env, 'MAX_CONCURRENCY') === null
+        ? COUNTED_CONCURRENCY
+        : Math.max(1, values.MAX_CONCURRENCY),
+    resources: values.RESOURCES,
     logFormat: values.LOG_FORMAT,
     logLevel: values.LOG_LEVEL ?? values.RUST_LOG,
     enableNoop: values.ENABLE_NOOP,
@@ -222,6 +244,7 @@ export function describeConfig(env: Env): readonly ConfigEntry[] {
     TOKEN_SAFETY_RATIO: config.tokenSafetyRatio,
     REGISTER_INTERVAL_SECS: config.registerIntervalMs / 1000,
     MAX_CONCURRENCY: config.maxConcurrency,
+    RESOURCES: config.resources === null ? null : formatResources(config.resources),
     LOG_LEVEL: config.logLevel,
     REG_SECRET: '<redacted>',
     SECP256K1_PRIVHEX: `<redacted> (wallet ${walletAddress(config.privateKeyHex)})`,
@@ -300,6 +323,18 @@ function integer(name: string, min: bigint, max: bigint): z.ZodType<number, stri
       );
     }
     return Math.min(Number(value), Number.MAX_SAFE_INTEGER);
+  });
+}
+
+function resourceList(name: string): z.ZodType<Resources | null, string> {
+  return z.string().transform((text, context) => {
+    try {
+      return parseResourceList(text);
+    } catch (error) {
+      const { message, details } = MillraceError.from(error);
+      const which = typeof details['name'] === 'string' ? `${details['name']} ` : '';
+      return refuse(context, text, `invalid amounts in ${name}: ${which}${message}`);
+    }
   });
 }
 

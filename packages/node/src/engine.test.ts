@@ -178,6 +178,79 @@ describe('leasing', () => {
     await stopped(b);
   });
 
+  test('completions bring the next tasks, and nothing else is asked for while they do', async () => {
+    const work = queue();
+    let next = 2;
+    const b = await bench({
+      features: { ...OURS, leaseOnComplete: true },
+      script: {
+        lease: work.lease,
+        exchange: (completions) => {
+          const leases = next <= 4 ? [lease(next)] : [];
+          next += 1;
+          return { refusals: completions.map(() => null), leases };
+        },
+      },
+      run: (ctx) => sleep(b.clock, 500, ctx.signal),
+    });
+    work.give(lease(1));
+    await b.clock.advance(1_999);
+    expect(b.dms.of('exchange').map(({ completions }) => completions[0]?.lease.leaseId)).toEqual([
+      'lease-1',
+      'lease-2',
+      'lease-3',
+    ]);
+    expect(b.dms.of('exchange')[0]?.next).toEqual({
+      max: 1,
+      start: true,
+      capabilities: ['/examples/hello/v1'],
+    });
+    expect(b.dms.of('lease')).toHaveLength(1);
+    expect(b.engine.active).toBe(1);
+    // None came with the last: its slot is offered again.
+    await b.clock.advance(1);
+    expect(b.dms.of('lease').map(({ max }) => max)).toEqual([1, 1]);
+    expect(b.dms.of('complete')).toEqual([]);
+    await stopped(b);
+  });
+
+  test('a completion that was refused gives its slot back once', async () => {
+    const work = queue();
+    const b = await bench({
+      features: { ...OURS, leaseOnComplete: true },
+      maxConcurrency: 2,
+      script: {
+        lease: work.lease,
+        exchange: (completions) => ({ refusals: completions.map(() => wireError(409)), leases: [] }),
+      },
+      run: (ctx) => sleep(b.clock, 500, ctx.signal),
+    });
+    work.give(lease(1));
+    await b.clock.advance(500);
+    expect(b.dms.of('exchange')).toHaveLength(1);
+    expect(b.engine.active).toBe(0);
+    work.give(lease(2), lease(3), lease(4));
+    await b.clock.advance(100);
+    expect(b.engine.active).toBe(2);
+    expect(b.dms.of('lease').map(({ max }) => max)).toEqual([2, 1, 1]);
+    await stopped(b);
+  });
+
+  test('a node that drains asks for nothing in the places of what it completes', async () => {
+    const work = queue();
+    const b = await bench({
+      features: { ...OURS, leaseOnComplete: true },
+      script: { lease: work.lease },
+      run: (ctx) => sleep(b.clock, 500, ctx.signal),
+    });
+    work.give(lease(1));
+    await b.clock.advance(100);
+    b.engine.stop();
+    await b.clock.advance(1_000);
+    expect(b.dms.of('exchange').map(({ next }) => next)).toEqual([null]);
+    expect(b.ended).toBe(true);
+  });
+
   test('asks a server without batches for one at a time', async () => {
     const work = queue();
     const b = await bench({ maxConcurrency: 3, script: { lease: work.lease } });
@@ -327,6 +400,32 @@ describe('leasing', () => {
   });
 });
 
+test('a task that is leased anew, to the node that works on it, is begun anew, and what went on before is over', async () => {
+  const work = queue();
+  const begun: string[] = [];
+  const reasons: string[] = [];
+  const b = await bench({
+    features: OURS,
+    maxConcurrency: 3,
+    script: { lease: work.lease },
+    run: async (ctx) => {
+      begun.push(ctx.lease.task.id);
+      await untilAborted(ctx).catch(() => undefined);
+      reasons.push((ctx.signal.reason as { readonly reason: string }).reason);
+      throw ctx.signal.reason;
+    },
+  });
+  work.give(lease(1), lease(2));
+  await b.clock.advance(1_000);
+  work.give({ ...lease(1), leaseId: 'lease-1-again' });
+  await b.clock.advance(1_000);
+  expect(begun.map((id) => id.slice(-1))).toEqual(['1', '2', '1']);
+  expect(reasons).toEqual(['lease_lost']);
+  expect(b.engine.active).toBe(2);
+  expect(b.dms.of('fail')).toEqual([]);
+  await stopped(b);
+});
+
 describe('watching', () => {
   const watched = (b: Bench): (readonly string[])[] => b.dms.of('watch').map(({ leaseIds }) => leaseIds);
 
@@ -346,6 +445,28 @@ describe('watching', () => {
     expect(watched(b)).toHaveLength(1);
     await b.clock.advance(201);
     expect(watched(b)).toEqual([['lease-1'], ['lease-1', 'lease-2'], ['lease-1', 'lease-2', 'lease-3']]);
+    await stopped(b);
+  });
+
+  test('a lease that a watch named and a heartbeat kept is watched on', async () => {
+    const work = queue();
+    let named = false;
+    const b = await bench({
+      features: OURS,
+      script: {
+        lease: work.lease,
+        watch: async (ids, signal) => {
+          if (named) return await never(signal);
+          named = true;
+          return [...ids];
+        },
+      },
+    });
+    work.give(lease(1));
+    await b.clock.advance(1_000);
+    expect(b.dms.of('heartbeat')).toHaveLength(1);
+    expect(watched(b)).toEqual([['lease-1'], ['lease-1']]);
+    expect(b.working.size).toBe(1);
     await stopped(b);
   });
 

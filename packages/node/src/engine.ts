@@ -4,7 +4,8 @@
  *
  * Three things go on at the same time:
  * - *leasing*: one request at a time, for as many leases as there are free slots. Where the server can, the request
- *   waits there for work; elsewhere the node pauses between requests. Errors make the pauses grow.
+ *   waits there for work; elsewhere the node pauses between requests. Errors make the pauses grow. Where the server
+ *   can, completions bring the next leases along (`exchange.ts`), so that it only comes to this when there was no work.
  * - *sessions*, up to `maxConcurrency`. What one of them does cannot end another or the engine.
  * - *watching* (our dispatcher): one waiting request naming the running leases, so that a cancel is known within
  *   moments instead of at the next heartbeat. What it says is only a hint to ask: the heartbeat's answer decides.
@@ -15,13 +16,20 @@
  */
 import { setMaxListeners } from 'node:events';
 import { MillraceError, TaskAbort, describeError, sleep, type Timer } from '@millrace/runner';
-import { NO_FEATURES, type Features, type LeaseResult, type ReceivedLease } from '@millrace/dispatch/client';
+import {
+  NO_FEATURES,
+  type Features,
+  type LeaseHandle,
+  type LeaseQuery,
+  type ReceivedLease,
+} from '@millrace/dispatch/client';
+import { Exchange } from './exchange.ts';
 import { supervisionMetrics } from './metrics.ts';
 import { backoffMs, callWithin } from './retry.ts';
 import { Session, type SessionEnding, type SessionWorld } from './session.ts';
 import { LogShipper } from './task-log.ts';
 
-export interface EngineOptions extends Omit<SessionWorld, 'features' | 'abandoned' | 'logs'> {
+export interface EngineOptions extends Omit<SessionWorld, 'features' | 'abandoned' | 'logs' | 'reports'> {
   /** Leases held at once. */
   readonly maxConcurrency: number;
   /** Pause between requests for work when there was none: uniform between the two, in either order. */
@@ -50,6 +58,11 @@ const LONG_POLL_PAUSE_MS = 2_000;
 export class Engine {
   readonly #options: EngineOptions;
   readonly #sessions = new Set<Session>();
+  /** The newest session of each task, by the id it was leased with. */
+  readonly #byTask = new Map<string, Session>();
+  /** Those whose completion was accepted and that still clean up: they hold no slot any more. */
+  readonly #completed = new Set<Session>();
+  readonly #exchange: Exchange;
   /** Aborts when no more work is to be leased. */
   readonly #draining = new AbortController();
   /** Aborts when nothing is waited for any more. */
@@ -72,6 +85,13 @@ export class Engine {
     this.#options = options;
     // Every session listens to it.
     setMaxListeners(0, this.#abandoned.signal);
+    this.#exchange = new Exchange({
+      dms: options.dms,
+      clock: options.clock,
+      features: () => this.#features,
+      next: (places) => (this.#draining.signal.aborted ? null : this.#query(places)),
+      exchanged: (completed, leases) => this.#exchanged(completed, leases),
+    });
   }
 
   get state(): EngineState {
@@ -94,8 +114,8 @@ export class Engine {
     metrics.recordSlots?.(maxConcurrency);
     supervisionMetrics(metrics).observePhases(() => {
       // What has ended is the dispatcher's to remember.
-      const pending = Math.min(router.slots.waiting, this.active);
-      return { pending, running: this.active - pending };
+      const pending = Math.min(router.slots.waiting, this.#occupied);
+      return { pending, running: this.#occupied - pending };
     });
     if (this.#state === 'idle') this.#state = 'running';
     const watching = this.#watch();
@@ -161,7 +181,7 @@ export class Engine {
   }
 
   async #lease(): Promise<void> {
-    const { dms, clock, random, log, maxConcurrency, router } = this.#options;
+    const { dms, clock, random, log, maxConcurrency } = this.#options;
     const signal = this.#draining.signal;
     let failures = 0;
     let known = false;
@@ -178,26 +198,20 @@ export class Engine {
           this.#fruitless = false;
           await sleep(clock, this.#pauseMs(), signal);
         }
-        const free = maxConcurrency - this.#sessions.size;
+        const free = maxConcurrency - this.#occupied;
         if (free <= 0) {
           await this.#change(signal);
           continue;
         }
-        const { longPollSecs, batchItems, startOnLease } = this.#features;
-        const waitSecs = Math.min(LONG_POLL_SECS, longPollSecs);
+        const waitSecs = Math.min(LONG_POLL_SECS, this.#features.longPollSecs);
         const askedAt = clock.monotonic();
-        const request = {
-          max: Math.min(free, Math.max(1, batchItems)),
-          waitSecs,
-          start: startOnLease,
-          capabilities: router.capabilities,
-        };
+        const request = { ...this.#query(free), waitSecs };
         const result = await this.#call('lease', waitSecs * 1000, (callSignal) =>
           dms.lease(request, { signal: callSignal }),
         );
         failures = 0;
         const waited = waitSecs > 0 && clock.monotonic() - askedAt >= (waitSecs * 1000) / 2;
-        if (result.kind === 'leases') this.#open(result);
+        if (result.kind === 'leases') this.#open(result.leases);
         else if (result.kind === 'busy') {
           // A session that ends may be what the server waits for.
           await this.#change(signal, this.#pauseMs());
@@ -216,24 +230,53 @@ export class Engine {
     }
   }
 
+  /** What is leased in so many slots. */
+  #query(slots: number): Omit<LeaseQuery, 'waitSecs'> {
+    const { batchItems, startOnLease } = this.#features;
+    return {
+      max: Math.min(slots, Math.max(1, batchItems)),
+      start: startOnLease,
+      capabilities: this.#options.router.capabilities,
+    };
+  }
+
+  #exchanged(completed: readonly LeaseHandle[], leases: readonly ReceivedLease[]): void {
+    const ids = new Set(completed.map(({ leaseId }) => leaseId));
+    // One that gave up on its report is not among them any more.
+    for (const session of this.#sessions) if (ids.has(session.leaseId)) this.#completed.add(session);
+    this.#open(leases);
+  }
+
+  /** Slots that are not free. */
+  get #occupied(): number {
+    return this.#sessions.size - this.#completed.size;
+  }
+
   /** A call with a time limit; `waitMs` is how long the server may take on purpose. */
   async #call<T>(what: string, waitMs: number, call: (signal: AbortSignal) => Promise<T>): Promise<T> {
     const { clock, heartbeat } = this.#options;
     return await callWithin(clock, waitMs + heartbeat.requestTimeoutMs, what, call, this.#draining.signal);
   }
 
-  #open(result: LeaseResult & { kind: 'leases' }): void {
+  #open(leases: readonly ReceivedLease[]): void {
     // Granted while the stop request was on its way: they are given back unopened.
     const stopping = this.#draining.signal.aborted;
     const world = {
       ...this.#options,
+      reports: this.#exchange,
       features: this.#features,
       logs: this.#logShipper(),
       abandoned: this.#abandoned.signal,
     };
-    for (const lease of result.leases) {
+    for (const lease of leases) {
+      const { id } = lease.envelope.task;
+      // Its lease is over, although nobody could tell it: it works on for nothing.
+      this.#byTask
+        .get(id)
+        ?.abort(new TaskAbort('lease_lost', 'lease lost: the task was leased anew, to this node'));
       const session = new Session(lease, world);
       this.#sessions.add(session);
+      this.#byTask.set(id, session);
       if (stopping) session.abort(new TaskAbort('shutdown', 'the node is stopping'));
       void this.#follow(session, lease);
     }
@@ -269,6 +312,9 @@ export class Engine {
     }
     if (ending === 'skipped' || ending === 'setup_failed') this.#fruitless = true;
     this.#sessions.delete(session);
+    const { id } = lease.envelope.task;
+    if (this.#byTask.get(id) === session) this.#byTask.delete(id);
+    this.#completed.delete(session);
     this.#notify();
   }
 
@@ -320,7 +366,8 @@ export class Engine {
           if (session.leaseId === null || !ended.includes(session.leaseId) || !this.#sessions.has(session))
             continue;
           this.#told.add(session);
-          session.check();
+          // A lease that had only expired is kept by asking.
+          void session.check().then((goesOn) => goesOn && this.#told.delete(session));
         }
       } catch (error) {
         if (MillraceError.is(error) && error.code === 'unimplemented') return;

@@ -69,12 +69,13 @@ function bench(
     ttlMs?: number | null;
     leaseIds?: boolean;
     latencyMs?: number;
+    contactGraceMs?: number;
     /** How far the server's clock is ahead, if it tells. */
     aheadMs?: number;
     answer?: (count: number, signal: AbortSignal) => Partial<HeartbeatReply> | Promise<never>;
   } = {},
 ): Bench {
-  const { ttlMs = 20_000, leaseIds = false, latencyMs = 0, aheadMs, answer } = options;
+  const { ttlMs = 20_000, leaseIds = false, latencyMs = 0, contactGraceMs = 0, aheadMs, answer } = options;
   const clock = new SimulatedClock();
   const serverTimeMs = (): number | null => (aheadMs === undefined ? null : clock.now() + aheadMs);
   const expiry = (): string | null =>
@@ -94,7 +95,7 @@ function bench(
     lease: { taskId: 'task', leaseId: leaseIds ? 'lease' : null },
     leaseExpiresAt: expiry(),
     serverTimeMs: serverTimeMs(),
-    settings: SETTINGS,
+    settings: { ...SETTINGS, contactGraceMs },
     leaseIds,
     clock,
     random: seededRandom(1),
@@ -272,6 +273,82 @@ describe('Heartbeats', () => {
     const count = sent.length;
     await clock.advance(60_000);
     expect(sent.length).toBe(count);
+  });
+
+  test.each([false, true])(
+    'trouble is retried past the deadline for as long as that is wanted, and no longer (lease ids: %s)',
+    async (leaseIds) => {
+      const { clock, hearts, sent, aborts } = bench({ answer: down, contactGraceMs: 60_000, leaseIds });
+      hearts.start();
+      await clock.advance(79_999);
+      expect(aborts).toEqual([]);
+      const late = sent.map(({ at }) => at).filter((at) => at > 20_000);
+      const pauses = late.map((at, i) => at - (late[i - 1] ?? 20_000));
+      expect(Math.max(...pauses)).toBeLessThanOrEqual(5_000);
+      await clock.advance(1);
+      expect(aborts.map(({ reason }) => reason)).toEqual(['lease_lost']);
+      const count = sent.length;
+      await clock.advance(60_000);
+      expect(sent.length).toBe(count);
+    },
+  );
+
+  test('a server that comes back long after the deadline finds the work under way, and keeps the lease', async () => {
+    let from = 0;
+    const { clock, hearts, sent, aborts } = bench({
+      contactGraceMs: 60_000,
+      answer: () => (clock.monotonic() < from ? down() : {}),
+    });
+    hearts.start();
+    await clock.advance(21_000);
+    for (let outage = 0; outage < 3; outage += 1) {
+      from = clock.monotonic() + 50_000;
+      hearts.event({ outage });
+      await clock.advance(100_000);
+      expect(aborts).toEqual([]);
+      expect(sent.at(-1)?.at).toBeGreaterThan(from);
+    }
+    await hearts.close();
+  });
+
+  test.each([404, 409, 410])(
+    'an answer %i loses the lease at once also after its deadline',
+    async (status) => {
+      const { clock, hearts, aborts } = bench({
+        contactGraceMs: 60_000,
+        answer: () => Promise.reject(wireError(clock.monotonic() < 40_000 ? 503 : status)),
+      });
+      hearts.start();
+      await clock.advance(40_000);
+      expect(aborts).toEqual([]);
+      await clock.advance(5_000);
+      expect(aborts.map(({ reason }) => reason)).toEqual(['lease_lost']);
+    },
+  );
+
+  test('the heartbeat before any work is given up at the deadline, however long work would go on', async () => {
+    const { clock, hearts } = bench({ contactGraceMs: 60_000, answer: down });
+    let error: unknown = null;
+    hearts.first().catch((reason: unknown) => (error = reason));
+    await clock.advance(19_999);
+    expect(error).toBeNull();
+    await clock.advance(1);
+    expect(error).toMatchObject({ code: 'unavailable' });
+  });
+
+  test('past the deadline a call that is never answered is cut off after 10 s', async () => {
+    const hang = (_: number, signal: AbortSignal): Promise<never> =>
+      new Promise((_resolve, reject) => {
+        signal.addEventListener('abort', () => reject(signal.reason), { once: true });
+      });
+    const { clock, hearts, sent, aborts } = bench({ contactGraceMs: 600_000, answer: hang });
+    hearts.start();
+    await clock.advance(120_000);
+    const late = sent.map(({ at }) => at).filter((at) => at > 30_000);
+    expect(late.length).toBeGreaterThan(5);
+    expect(Math.max(...late.map((at, i) => at - (late[i - 1] ?? at)))).toBeLessThanOrEqual(15_000);
+    expect(aborts).toEqual([]);
+    await hearts.close();
   });
 
   test('a server that comes back within the lease costs nothing', async () => {

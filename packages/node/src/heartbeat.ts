@@ -8,7 +8,8 @@
  * - An event leaves the list when a heartbeat carrying it was answered with success, so one is sent successfully at
  *   most once. An answer lost on the way makes the server see it twice; the wire has no way to tell.
  * - Trouble on the way (transport, 5xx, 429, 401, undecodable answers) is retried with growing pauses until the
- *   lease's deadline. 404, 409 and 410 mean the lease is gone. A body the server will never take is dropped, counted
+ *   lease's deadline, and for `contactGraceMs` after it: the lease is ours until somebody else takes the task, and who
+ *   cannot be reached cannot say so. 404, 409 and 410 mean the lease is gone, whenever they come. A body the server will never take is dropped, counted
  *   and told, and the lease goes on without it: what a runner says cannot cost it the lease.
  * - The expiry is a wall-clock time of the server's; it is turned into a span when it arrives, with the server's
  *   clock in mind if that differs from ours, and from there on the monotonic clock counts: neither a wrong clock of this
@@ -39,6 +40,11 @@ export interface HeartbeatSettings {
   readonly coalesceMs: number;
   /** Longest time for one call, whatever is left of the lease. */
   readonly requestTimeoutMs: number;
+  /**
+   * How long work goes on after its lease is over while the dispatcher cannot be reached. Somebody else may have the task by then;
+   * the dispatcher accepts one ending. Default 0: not at all.
+   */
+  readonly contactGraceMs?: number;
 }
 
 export const DEFAULT_COALESCE_MS = 250;
@@ -177,13 +183,19 @@ export class Heartbeats {
     return this.#deadline ?? since + ASSUMED_LEASE_MS;
   }
 
+  /** When work under the lease is given up unless it is renewed: `contactGraceMs` after the {@link deadline}. */
+  lastChance(since: number): number {
+    return this.deadline(since) + (this.#options.settings.contactGraceMs ?? 0);
+  }
+
   /**
-   * The heartbeat before any work, `{"progress":{},"events":[]}`; retried as all are. Resolves with its answer.
+   * The heartbeat before any work, `{"progress":{},"events":[]}`. Retried until the deadline and no longer: there is nothing
+   * to lose yet. Resolves with its answer.
    *
    * @throws the error that ended it: the last answer before the deadline, or the one that says the lease is gone
    */
   async first(): Promise<HeartbeatReply> {
-    return await this.#send();
+    return await this.#send(0);
   }
 
   /** Starts the timer. Once; {@link close} stops it. */
@@ -288,7 +300,7 @@ export class Heartbeats {
       }
       this.#urgent = false;
       try {
-        await this.#send();
+        await this.#send(this.#options.settings.contactGraceMs ?? 0);
       } catch (error) {
         if (this.#closed) break;
         this.#end(new TaskAbort('lease_lost', `lease lost: ${describeError(error)}`));
@@ -316,13 +328,13 @@ export class Heartbeats {
     this.#wake = null;
   }
 
-  /** One heartbeat, tried until it is answered with success, the lease is gone, or its deadline has passed. */
-  async #send(): Promise<HeartbeatReply> {
+  /** One heartbeat, tried until it is answered with success, the lease is gone, or its deadline has passed by `graceMs`. */
+  async #send(graceMs: number): Promise<HeartbeatReply> {
     this.#sends += 1;
     this.#sending = true;
     let reply: HeartbeatReply;
     try {
-      reply = await this.#attempts(this.deadline(this.#options.clock.monotonic()));
+      reply = await this.#attempts(this.deadline(this.#options.clock.monotonic()), graceMs);
     } finally {
       this.#sending = false;
     }
@@ -330,14 +342,16 @@ export class Heartbeats {
     return reply;
   }
 
-  async #attempts(deadline: number): Promise<HeartbeatReply> {
+  async #attempts(deadline: number, graceMs: number): Promise<HeartbeatReply> {
     const { dms, clock, random, log, settings, logged = false } = this.#options;
     if (this.#closed) throw CLOSED;
     const closed = (this.#closing ??= new AbortController()).signal;
+    let outOfContact = false;
     for (let failures = 1; ; failures += 1) {
       const body = this.#body();
       this.#lastSentAt = clock.monotonic();
-      const timeoutMs = attemptTimeoutMs(deadline - this.#lastSentAt, settings.requestTimeoutMs);
+      const untilDeadline = deadline - this.#lastSentAt;
+      const timeoutMs = attemptTimeoutMs(untilDeadline, settings.requestTimeoutMs, untilDeadline + graceMs);
       const { progress, events } = body;
       const mark = logged && events.length > 0 ? { logged } : {};
       try {
@@ -348,6 +362,8 @@ export class Heartbeats {
           (signal) => dms.heartbeat(this.#lease, { progress, events, ...mark }, { signal }),
           closed,
         );
+        if (outOfContact)
+          log.info('the dispatcher is reached again and the lease is still ours', { failures });
         this.#delivered(body);
         this.#apply(reply);
         return reply;
@@ -358,14 +374,21 @@ export class Heartbeats {
           continue;
         }
         const pauseMs = backoffMs(failures, RETRY, random, error);
-        const leftMs = deadline - clock.monotonic();
+        const leaseLeftMs = deadline - clock.monotonic();
+        const leftMs = leaseLeftMs + graceMs;
         log.warn('heartbeat failed', {
           error: describeError(error),
           failures,
-          lease_left_ms: Math.round(leftMs),
+          lease_left_ms: Math.round(leaseLeftMs),
         });
+        if (leaseLeftMs <= 0 && leftMs > 0 && !outOfContact) {
+          outOfContact = true;
+          log.warn('the lease is over and the dispatcher cannot be reached; the task goes on', {
+            gives_up_in_ms: Math.round(leftMs),
+          });
+        }
         if (leftMs > 0) await sleep(clock, Math.min(pauseMs, leftMs), closed);
-        // No attempt begins after the deadline; the first one may, since only the server's clock is certain.
+        // No attempt begins after the last chance; the first one may, since only the server's clock is certain.
         if (pauseMs >= leftMs) throw error;
       }
     }

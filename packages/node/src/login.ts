@@ -9,7 +9,7 @@
  * - expired or invalidated: as no token.
  *
  * A login is up to `tokenReauthMaxRetries` + 1 attempts of nonce and verify, a random pause of at most
- * `tokenReauthJitterMs` between them. After one that failed the next begins no sooner than a growing pause (about 2, 4, 8
+ * `tokenReauthJitterMs` between them; the last is the one after which the service asks for a longer pause. After one that failed the next begins no sooner than a growing pause (about 2, 4, 8
  * ... 60 s, or what the service asks for); who needs a token meanwhile waits for that next one.
  *
  * All deadlines are monotonic, so a wall clock that is set while the token lives changes nothing. A wall clock that is
@@ -25,7 +25,7 @@ import {
 } from '@millrace/dispatch/client';
 import { clockErrorMs, remainingMs } from './clock-error.ts';
 import type { NodeConfig } from './config.ts';
-import { retryAfterOf, transientBackoffMs } from './dds-backoff.ts';
+import { pauseAfter, retryAfterOf } from './dds-backoff.ts';
 import { waitFor } from './wait-for.ts';
 
 export interface LoginOptions {
@@ -151,7 +151,9 @@ class DdsLogin implements Login {
         return token.value;
       } catch (error) {
         if (signal.aborted) throw signal.reason;
-        if (attempt >= attempts) throw this.#failed(error, attempt);
+        // Who is asked to come later and comes at once is one of those there are too many of.
+        const isAskedToWait = retryAfterOf(error) > config.tokenReauthJitterMs;
+        if (attempt >= attempts || isAskedToWait) throw this.#failed(error, attempt);
         log.debug('DDS login attempt failed', { attempt, attempts, error: describeError(error) });
         await sleep(this.#clock, random() * config.tokenReauthJitterMs, signal);
       }
@@ -200,7 +202,7 @@ class DdsLogin implements Login {
     const error = MillraceError.from(cause);
     this.#failedInARow += 1;
     const now = this.#clock.monotonic();
-    const pause = Math.max(transientBackoffMs(this.#failedInARow, random), retryAfterOf(error));
+    const pause = pauseAfter(this.#failedInARow, error, random);
     this.#notBefore = now + pause;
     // Before the first login there is nothing to keep alive: whoever asks next begins it.
     if (this.#refreshTimer !== null) this.#refreshAt(this.#notBefore);

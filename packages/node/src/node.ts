@@ -26,11 +26,12 @@ import type { NodeConfig } from './config.ts';
 import { Engine } from './engine.ts';
 import { DEFAULT_COALESCE_MS } from './heartbeat.ts';
 import { createLogger } from './log.ts';
-import { openLogin } from './login.ts';
+import { openLogin, type Login } from './login.ts';
 import { noopMetrics, type MetricsBackend } from './metrics.ts';
 import { openRegistration } from './registration.ts';
 import { BuildContext } from './routing/build-context.ts';
 import { Roster, type RunnerRegistration } from './routing/roster.ts';
+import { DEFAULT_RETRY } from './storage/attempts.ts';
 import { openStoragePorts } from './storage/ports.ts';
 import type { SupervisionOptions } from './supervision/policy.ts';
 import { openWorkspace } from './workspace.ts';
@@ -236,6 +237,7 @@ class Node implements ComputeNode {
       labels: this.#router.labels,
       version: config.nodeVersion,
       maxConcurrency: config.maxConcurrency,
+      resources: config.resources,
       intervalMs: config.registerIntervalMs,
       maxRetry: config.registerMaxRetry,
       repeatEveryMs: () => {
@@ -257,7 +259,7 @@ class Node implements ComputeNode {
     });
     try {
       await registration.waitRegistered(signal);
-      await login.get({ signal });
+      await firstToken(login, signal);
     } catch (error) {
       if (signal.aborted) return;
       throw error;
@@ -275,6 +277,8 @@ class Node implements ComputeNode {
         openStoragePorts({
           ...request,
           clientId,
+          // The storage is mostly as far away as the dispatcher: work that outlasts the one outlasts the other.
+          retry: { retryForMs: Math.max(DEFAULT_RETRY.retryForMs, config.contactGraceMs) },
           clock,
           random,
           storage: (settings) => domains.storage(settings),
@@ -287,6 +291,7 @@ class Node implements ComputeNode {
         maxRatio: config.heartbeatMaxRatio,
         coalesceMs: this.#options.progressIntervalMs ?? DEFAULT_COALESCE_MS,
         requestTimeoutMs: timeoutMs,
+        contactGraceMs: config.contactGraceMs,
       },
       taskWallMs: this.#options.taskWallMs ?? DAY_MS,
       maxConcurrency: config.maxConcurrency,
@@ -304,5 +309,18 @@ class Node implements ComputeNode {
     this.#engine = engine;
     this.#state = 'started';
     await engine.run();
+  }
+}
+
+/** Asked to come later is no refusal: many nodes may start at once behind one address. The login paces itself. */
+async function firstToken(login: Login, signal: AbortSignal): Promise<void> {
+  for (;;) {
+    try {
+      await login.get({ signal });
+      return;
+    } catch (error) {
+      signal.throwIfAborted();
+      if (!MillraceError.is(error) || error.code !== 'resource_exhausted' || !error.retryable) throw error;
+    }
   }
 }

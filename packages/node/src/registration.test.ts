@@ -76,11 +76,16 @@ describe('what is sent', () => {
     await registration.close();
   });
 
-  test('labels and a concurrency above 1 are added', async () => {
+  test('labels, a concurrency above 1 and resources are added', async () => {
     const { dds, open } = world();
-    const registration = open({ labels: { gpu: 'none' }, maxConcurrency: 2 });
+    const resources = { cpu: 4, memory: 2 ** 34 };
+    const registration = open({ labels: { gpu: 'none' }, maxConcurrency: 2, resources });
     await registration.waitRegistered();
-    expect(dds.registrations[0]).toMatchObject({ labels: { gpu: 'none' }, max_concurrency: 2 });
+    expect(dds.registrations[0]).toMatchObject({
+      labels: { gpu: 'none' },
+      max_concurrency: 2,
+      resources,
+    });
     await registration.close();
   });
 

@@ -12,8 +12,14 @@
  * A repetition that fails leaves the state `registered`: the service said nothing about the registration it has.
  */
 import { MillraceError, describeError, type Clock, type Logger, type Random } from '@millrace/runner';
-import { siweMessage, signMessage, type Dds, type RegisterWalletRequest } from '@millrace/dispatch/client';
-import { retryAfterOf, transientBackoffMs } from './dds-backoff.ts';
+import {
+  siweMessage,
+  signMessage,
+  type Dds,
+  type RegisterWalletRequest,
+  type Resources,
+} from '@millrace/dispatch/client';
+import { pauseAfter } from './dds-backoff.ts';
 import { registrationVersion } from './version.ts';
 import { waitFor } from './wait-for.ts';
 
@@ -33,6 +39,8 @@ export interface RegistrationOptions {
   readonly version: string;
   /** Sent when above 1. */
   readonly maxConcurrency: number;
+  /** Sent when the node says what it has. Default: it does not. */
+  readonly resources?: Resources | null;
   /** Cooldown. At least 1,000 ms are taken. */
   readonly intervalMs: number;
   /** Transient failures in a row before a cooldown; -1 for never. */
@@ -105,7 +113,7 @@ class RegistrationLoop implements Registration {
   readonly #warnedAt = new Map<FailureClass, number>();
 
   constructor(options: RegistrationOptions) {
-    const { credentials, capabilities, labels, version, maxConcurrency, log } = options;
+    const { credentials, capabilities, labels, version, maxConcurrency, resources = null, log } = options;
     this.#options = options;
     this.#clock = options.clock;
     this.#request = {
@@ -115,6 +123,7 @@ class RegistrationLoop implements Registration {
       // Absent means 1, and a body of the reference's five members is what an old service knows.
       ...(maxConcurrency === 1 ? {} : { max_concurrency: maxConcurrency }),
       ...(Object.keys(labels).length === 0 ? {} : { labels }),
+      ...(resources === null ? {} : { resources }),
     };
     this.#ended = this.#run();
   }
@@ -227,7 +236,7 @@ class RegistrationLoop implements Registration {
     if (kind === 'transient') {
       this.#transientInARow += 1;
       if (maxRetry >= 0 && this.#transientInARow >= maxRetry) this.#transientInARow = 0;
-      else pause = Math.max(transientBackoffMs(this.#transientInARow, random), retryAfterOf(error));
+      else pause = pauseAfter(this.#transientInARow, error, random);
     } else {
       this.#transientInARow = 0;
     }

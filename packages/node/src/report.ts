@@ -140,15 +140,17 @@ export function isFinal(error: unknown): boolean {
 /**
  * - `accepted` the dispatcher has it
  * - `refused` the lease is gone (404, 409, 410), or no form of it will ever be taken; nothing more is to be sent
- * - `unsent` not delivered before the lease's deadline; it will lapse
+ * - `unsent` not delivered while there was a chance that it is taken; the lease lapses
  */
 export type Delivery = 'accepted' | 'refused' | 'unsent';
 
 export interface DeliveryOptions {
-  readonly dms: Dms;
+  readonly dms: Pick<Dms, 'complete' | 'fail' | 'release'>;
   readonly lease: LeaseHandle;
   /** When the lease is over, monotonic; asked again each time, since heartbeats go on extending it meanwhile. */
   readonly deadline: () => number;
+  /** How long after it the report is still tried. Default 0. */
+  readonly graceMs?: number;
   readonly requestTimeoutMs: number;
   readonly clock: Clock;
   readonly random: Random;
@@ -159,15 +161,15 @@ export interface DeliveryOptions {
 
 const RETRY = { baseMs: 200, capMs: 5_000 };
 
-/** Sends a report until it is answered or the lease is over; tried once even after that. Never rejects. */
+/** Sends a report until it is answered or the time for it is over; tried once even after that. Never rejects. */
 export async function deliver(report: Report, options: DeliveryOptions): Promise<Delivery> {
-  const { clock, random, log, signal } = options;
+  const { clock, random, log, signal, graceMs = 0 } = options;
   for (let failures = 1; ; failures += 1) {
     const leftMs = options.deadline() - clock.monotonic();
     try {
       await callWithin(
         clock,
-        attemptTimeoutMs(leftMs, options.requestTimeoutMs),
+        attemptTimeoutMs(leftMs, options.requestTimeoutMs, leftMs + graceMs),
         report.kind,
         (callSignal) => send(report, options.dms, options.lease, callSignal),
         signal,
@@ -196,7 +198,7 @@ export async function deliver(report: Report, options: DeliveryOptions): Promise
         failures,
         lease_left_ms: Math.round(stillLeftMs),
       });
-      if (pauseMs >= stillLeftMs) return 'unsent';
+      if (pauseMs >= stillLeftMs + graceMs) return 'unsent';
       try {
         await sleep(clock, pauseMs, signal);
       } catch {
@@ -206,7 +208,12 @@ export async function deliver(report: Report, options: DeliveryOptions): Promise
   }
 }
 
-async function send(report: Report, dms: Dms, lease: LeaseHandle, signal: AbortSignal): Promise<void> {
+async function send(
+  report: Report,
+  dms: DeliveryOptions['dms'],
+  lease: LeaseHandle,
+  signal: AbortSignal,
+): Promise<void> {
   switch (report.kind) {
     case 'complete':
       return await dms.complete(lease, report.body, { signal });

@@ -50,13 +50,18 @@ export async function callWithin<T>(
   }
 }
 
+/** Once the lease is over, a peer that does not answer for so long is asked anew. */
+const LATE_ATTEMPT_MS = 10_000;
+
 /**
- * The time one attempt gets when `leftMs` of the lease are left: a third, so that a hanging peer costs no more than
- * that and others can follow; a second at least while there is one; always less than what is left.
+ * The time one attempt gets when `leftMs` of the lease are left and it is given up in `giveUpMs`: a third, so that a hanging
+ * peer costs no more than that and others can follow; a second at least while there is one; always less than what is left.
+ * `giveUpMs`: default at the end of the lease.
  */
-export function attemptTimeoutMs(leftMs: number, requestTimeoutMs: number): number {
-  if (leftMs <= 0) return Math.min(requestTimeoutMs, 1_000);
-  return Math.min(requestTimeoutMs, Math.max(leftMs / 3, Math.min(1_000, leftMs * 0.9)));
+export function attemptTimeoutMs(leftMs: number, requestTimeoutMs: number, giveUpMs = leftMs): number {
+  if (giveUpMs <= 0) return Math.min(requestTimeoutMs, 1_000);
+  const share = leftMs > 0 ? leftMs / 3 : Math.min(giveUpMs / 3, LATE_ATTEMPT_MS);
+  return Math.min(requestTimeoutMs, Math.max(share, Math.min(1_000, giveUpMs * 0.9)));
 }
 
 /** 404, 410 and 409: the server does not know this lease any more, or somebody else has the task. */

@@ -72,6 +72,7 @@ interface BenchOptions {
   readonly ours?: boolean;
   readonly artifacts?: readonly ArtifactReport[];
   readonly taskWallMs?: number;
+  readonly contactGraceMs?: number;
   readonly openStorage?: () => never;
 }
 
@@ -153,7 +154,13 @@ function bench(options: BenchOptions = {}): Bench {
       }),
     }),
     ...(options.tracer !== undefined && { tracer: options.tracer }),
-    heartbeat: { minRatio: 0.25, maxRatio: 0.35, coalesceMs: 250, requestTimeoutMs: 60_000 },
+    heartbeat: {
+      minRatio: 0.25,
+      maxRatio: 0.35,
+      coalesceMs: 250,
+      requestTimeoutMs: 60_000,
+      contactGraceMs: options.contactGraceMs ?? 0,
+    },
     taskWallMs: options.taskWallMs ?? 86_400_000,
     clock,
     random: seededRandom(7),
@@ -689,7 +696,7 @@ describe('cancel', () => {
     const b: Bench = bench({ ours: true, script: cancelAfter(100, () => b.clock), run: untilAborted });
     await b.begin();
     await b.clock.advance(100);
-    b.session.check();
+    void b.session.check();
     await b.clock.advance(0);
     expect(reports(b.dms)).toEqual(['release']);
   });
@@ -724,6 +731,26 @@ describe('a lease that is lost', () => {
     await b.clock.advance(1);
     expect(b.ending).toEqual({ kind: 'lease_lost', delivery: null });
     expect(reports(b.dms)).toEqual([]);
+    expectTidy(b);
+  });
+
+  test('is not lost at its deadline while the dispatcher cannot be reached, if work may go on for longer', async () => {
+    const b: Bench = bench({
+      ours: true,
+      contactGraceMs: 60_000,
+      script: {
+        heartbeat: () =>
+          b.clock.monotonic() < TTL_MS + 50_000
+            ? Promise.reject(wireError(503))
+            : reply({ lease_expires_at: new Date(b.clock.now() + TTL_MS).toISOString() }),
+      },
+      run: async (ctx) => {
+        await sleep(b.clock, TTL_MS + 55_000, ctx.signal);
+      },
+    });
+    await b.begin();
+    await b.clock.advance(TTL_MS + 55_001);
+    expect(b.ending).toEqual({ kind: 'completed', delivery: 'accepted' });
     expectTidy(b);
   });
 
@@ -771,6 +798,64 @@ describe('a report', () => {
     await b.clock.advance(5_001);
     expect(b.ending).toEqual({ kind: 'completed', delivery: 'unsent' });
     expectTidy(b);
+  });
+
+  test('is tried past the deadline while the dispatcher cannot be reached, after what the task still said', async () => {
+    const back = TTL_MS + 100_000;
+    const b: Bench = bench({
+      ours: true,
+      contactGraceMs: 120_000,
+      script: {
+        complete: () => (b.clock.monotonic() < back ? Promise.reject(wireError(503)) : undefined),
+        heartbeat: () =>
+          b.clock.monotonic() < back
+            ? Promise.reject(wireError(503))
+            : reply({ lease_expires_at: new Date(b.clock.now() + TTL_MS).toISOString() }),
+      },
+      run: async (ctx) => {
+        await sleep(b.clock, TTL_MS + 60_000, ctx.signal);
+        await ctx.ctrl.progress('all done');
+      },
+    });
+    await b.begin();
+    await b.clock.advance(back);
+    expect(b.ending).toBeNull();
+    await b.clock.advance(10_000);
+    expect(b.ending).toEqual({ kind: 'completed', delivery: 'accepted' });
+    expectTidy(b);
+  });
+
+  test('is given up when the dispatcher has been out of reach for longer than work goes on', async () => {
+    const b: Bench = bench({
+      ours: true,
+      contactGraceMs: 60_000,
+      script: {
+        complete: () => Promise.reject(wireError(503)),
+        heartbeat: () => Promise.reject(wireError(503)),
+      },
+    });
+    await b.begin();
+    await b.clock.advance(TTL_MS + 60_000 - 5_001);
+    expect(b.ending).toBeNull();
+    await b.clock.advance(5_001);
+    expect(b.ending).toEqual({ kind: 'completed', delivery: 'unsent' });
+    expectTidy(b);
+  });
+
+  test('of what is given back is not tried past the deadline: there is nothing left to give', async () => {
+    const b: Bench = bench({
+      ours: true,
+      contactGraceMs: 600_000,
+      script: {
+        release: () => Promise.reject(wireError(503)),
+        heartbeat: () => Promise.reject(wireError(503)),
+      },
+      run: untilAborted,
+    });
+    await b.begin();
+    b.session.abort(new TaskAbort('shutdown', 'stopping'));
+    await b.clock.advance(TTL_MS);
+    expect(b.ending).toEqual({ kind: 'released', delivery: 'unsent' });
   });
 
   test.each([404, 409, 410])('answered %i is the last thing sent', async (status) => {

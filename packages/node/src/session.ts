@@ -31,6 +31,7 @@ import {
   NO_TRACES,
   TaskAbort,
   describeError,
+  timeoutSignal,
   type ArtifactSink,
   type Clock,
   type ControlPlane,
@@ -119,6 +120,8 @@ export type OpenStorage = (request: StorageRequest) => SessionStorage;
 /** What sessions share. */
 export interface SessionWorld {
   readonly dms: Dms;
+  /** Takes the reports about ended tasks. Default: `dms`. */
+  readonly reports?: Pick<Dms, 'complete' | 'fail' | 'release'>;
   readonly features: Features;
   readonly router: Roster;
   readonly openStorage: OpenStorage;
@@ -289,10 +292,11 @@ export class Session {
     this.#controller.abort(abort);
   }
 
-  /** Asks the dispatcher at once how the lease stands; what it answers takes effect by itself. */
-  check(): void {
+  /** Asks the dispatcher at once how the lease stands; what it answers takes effect by itself. True: the work goes on. */
+  async check(): Promise<boolean> {
     // Failing is dealt with by the heartbeats.
-    this.#heartbeats.beat().catch(() => undefined);
+    await this.#heartbeats.beat().catch(() => undefined);
+    return this.#verdict === null;
   }
 
   async #live(): Promise<SessionEnding> {
@@ -459,11 +463,12 @@ export class Session {
 
   /** Sends the last words, then the report, and writes the one line about it. */
   async #end(kind: SessionEnding['kind'], plain: Report | null, error?: unknown): Promise<SessionEnding> {
-    const { clock, random, dms, features, heartbeat, abandoned } = this.#world;
+    const { clock, random, dms, reports = dms, features, heartbeat, abandoned } = this.#world;
     const used = features.endingUsage === true ? this.#used : null;
     const report = plain === null || used === null ? plain : withUsage(plain, used);
     const canRelease = features.leaseIds;
     let delivery: Delivery | null = null;
+    if (this.#state === 'settled' && report !== null) await this.#waitForContact();
     if (this.#state === 'settled' && (report?.kind !== 'release' || canRelease)) {
       const leftMs = this.#heartbeats.deadline(clock.monotonic()) - clock.monotonic();
       const limitMs = Math.min(FLUSH_LIMIT_MS, leftMs / 3);
@@ -481,9 +486,11 @@ export class Session {
     if (report !== null && !lost && (report.kind !== 'release' || canRelease)) {
       const startedAt = clock.monotonic();
       delivery = await deliver(report, {
-        dms,
+        dms: reports,
         lease: this.#heartbeats.lease,
         deadline: () => this.#heartbeats.deadline(startedAt),
+        // A lease that is over has nothing to give back.
+        graceMs: report.kind === 'release' ? 0 : (heartbeat.contactGraceMs ?? 0),
         requestTimeoutMs: heartbeat.requestTimeoutMs,
         clock,
         random,
@@ -494,6 +501,23 @@ export class Session {
     const ending: SessionEnding = { kind: lost ? 'lease_lost' : kind, delivery };
     this.#logEnding(ending, report, error);
     return ending;
+  }
+
+  /**
+   * When the dispatcher is out of reach and the lease over, until one of the two has changed, but not so long that the report
+   * gets no try of its own: what the task still had to say is then heard before its ending, after which nothing is.
+   */
+  async #waitForContact(): Promise<void> {
+    const { clock, abandoned } = this.#world;
+    const now = clock.monotonic();
+    const lastChance = this.#heartbeats.lastChance(now);
+    if (this.#heartbeats.deadline(now) > now || lastChance <= now) return;
+    using limit = timeoutSignal(clock, (lastChance - now) / 2, () => undefined);
+    const over = AbortSignal.any([limit.signal, abandoned]);
+    await abortedFirst(
+      this.#heartbeats.beat().catch(() => undefined),
+      over,
+    );
   }
 
   #logEnding(ending: SessionEnding, report: Report | null, error: unknown): void {

@@ -55,7 +55,8 @@ function start(
 ): Started {
   const log = memoryLog();
   const node = createNode({
-    config: parseNodeEnv(server.env(env)),
+    // What lasts is to be over with the lease, not two minutes later.
+    config: parseNodeEnv(server.env({ CONTACT_GRACE_SECONDS: '0', ...env })),
     runners: [defineRunner({ capability: CAPABILITY, run })],
     workDir: join(folder, 'work'),
     log,

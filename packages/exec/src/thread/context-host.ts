@@ -20,6 +20,9 @@ import { encodeError } from './wire-error.ts';
 
 const NOTES_PER_TURN = 128;
 
+/** One for all, since making an error costs more than ending a short task otherwise does. */
+const ENDED = new MillraceError('failed_precondition', 'the task has ended; its ports are closed');
+
 type Answer = Uint8Array | string | MaterializedInput | null;
 
 export class ContextHost {
@@ -81,9 +84,8 @@ export class ContextHost {
   async close(): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;
-    const reason = new MillraceError('failed_precondition', 'the task has ended; its ports are closed');
-    this.#streams.close(reason);
-    for (const call of this.#calls.values()) call.abort(reason);
+    this.#streams.close(ENDED);
+    for (const call of this.#calls.values()) call.abort(ENDED);
     const uploads = [...this.#uploads.values()];
     this.#uploads.clear();
     await Promise.all([this.#notes, ...uploads.map((upload) => this.#discard(upload))]);

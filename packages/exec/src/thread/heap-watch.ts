@@ -171,10 +171,9 @@ export class HeapGuard {
     if (this.#timer === null && !this.#sampling) this.#arm();
   }
 
+  /** The timer stays: threads that do short tasks would set and clear one for each. */
   stop(): void {
     this.#active = false;
-    this.#timer?.cancel();
-    this.#timer = null;
   }
 
   #arm(): void {
@@ -183,6 +182,7 @@ export class HeapGuard {
 
   async #sample(): Promise<void> {
     this.#timer = null;
+    if (!this.#active) return;
     this.#sampling = true;
     const used = (await this.#watch.used(this.#thread)) ?? 0;
     if (this.#active) this.#peakBytes = Math.max(this.#peakBytes, used);

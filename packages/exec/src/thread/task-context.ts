@@ -134,6 +134,7 @@ export class ThreadTask {
    */
   async finishOutputs(): Promise<void> {
     const { signal } = this.#abort;
+    if (this.#outputs.size === 0 && this.#openUploads.size === 0) return;
     const aborted = new Promise<void>((resolve) =>
       signal.addEventListener('abort', () => resolve(), { once: true }),
     );
@@ -153,9 +154,8 @@ export class ThreadTask {
   close(): void {
     this.#closed = true;
     this.#notes.flush();
-    const ended = portsClosed();
-    this.#streams.close(ended);
-    for (const id of this.#calls.keys()) this.#take(id)?.reject(ended);
+    this.#streams.close(ENDED);
+    for (const id of this.#calls.keys()) this.#take(id)?.reject(ENDED);
     for (const start of this.#waitingForSlot.splice(0)) start();
   }
 
@@ -495,6 +495,9 @@ export class NoteQueue {
     return this.#sent.promise;
   }
 }
+
+/** For all that a task left under way: most leave nothing, and making an error costs more than ending a short task. */
+const ENDED = portsClosed();
 
 function portsClosed(): MillraceError {
   return new MillraceError('failed_precondition', 'the task has ended; its ports are closed');

@@ -86,6 +86,7 @@ export class SimulatedDispatcher {
             cancel,
             status: task.status,
             domain_id: domainId,
+            serverTimeMs: this.#date(),
           });
         }, signal),
       complete: (lease, body, { signal } = {}) =>
@@ -146,6 +147,7 @@ export class SimulatedDispatcher {
           kind: 'leases',
           leases: answer.leases.map(({ leaseId, expiresAt, domainId, task }) => ({
             leaseId: leaseIds ? leaseId : null,
+            serverTimeMs: this.#date(),
             envelope: parseLease({
               access_token: 'token',
               lease_expires_at: expiresAt,
@@ -160,6 +162,11 @@ export class SimulatedDispatcher {
       if (gone.aborted || this.#clock.monotonic() >= until) return { kind: 'none' };
       await this.#change(until, gone);
     }
+  }
+
+  /** The header `Date` as the client understands it. */
+  #date(): number {
+    return Math.ceil(this.#clock.now() / 1000) * 1000;
   }
 
   /** Until the store changed, the time is up, or nobody waits any more. */

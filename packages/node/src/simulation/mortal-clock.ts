@@ -6,7 +6,7 @@ import type { Clock, Timer } from '@millrace/runner';
  */
 export class MortalClock implements Clock {
   readonly #base: Clock;
-  readonly #skewMs: number;
+  #skewMs: number;
   readonly #timers = new Set<Timer>();
   #dead = false;
 
@@ -14,6 +14,11 @@ export class MortalClock implements Clock {
   constructor(base: Clock, skewMs: number) {
     this.#base = base;
     this.#skewMs = skewMs;
+  }
+
+  /** The time of day is set to another one; timers and the monotonic time go on as before. */
+  jump(byMs: number): void {
+    this.#skewMs += byMs;
   }
 
   /** Timers that neither fired nor were cancelled. */

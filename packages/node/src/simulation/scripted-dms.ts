@@ -16,7 +16,9 @@ import { parseLease } from '@millrace/runner/decode';
 import {
   NO_FEATURES,
   type CallOptions,
+  type Completion,
   type Dms,
+  type ExchangeResult,
   type Features,
   type HeartbeatReply,
   type LeaseHandle,
@@ -30,6 +32,7 @@ type HeartbeatBody = Parameters<Dms['heartbeat']>[1];
 type CompleteBody = Parameters<Dms['complete']>[1];
 type FailBody = Parameters<Dms['fail']>[1];
 type ReleaseReason = Parameters<Dms['release']>[1];
+type NextLeases = Omit<LeaseQuery, 'waitSecs'> | null;
 
 export interface Script {
   readonly features?: Partial<Features>;
@@ -42,6 +45,12 @@ export interface Script {
     lease: LeaseHandle,
   ) => HeartbeatReply | Promise<HeartbeatReply>;
   readonly complete?: (body: CompleteBody, lease: LeaseHandle) => void | Promise<void>;
+  /** Default: all are accepted, and no leases come. */
+  readonly exchange?: (
+    completions: readonly Completion[],
+    next: NextLeases,
+    signal: AbortSignal,
+  ) => ExchangeResult | Promise<ExchangeResult>;
   readonly fail?: (body: FailBody, lease: LeaseHandle) => void | Promise<void>;
   readonly release?: (reason: ReleaseReason, lease: LeaseHandle) => void | Promise<void>;
   /** Default: everything is taken. */
@@ -57,6 +66,7 @@ export type Call =
   | ({ readonly name: 'lease' } & LeaseQuery)
   | { readonly name: 'heartbeat'; readonly lease: LeaseHandle; readonly body: HeartbeatBody }
   | { readonly name: 'complete'; readonly lease: LeaseHandle; readonly body: CompleteBody }
+  | { readonly name: 'exchange'; readonly completions: readonly Completion[]; readonly next: NextLeases }
   | { readonly name: 'fail'; readonly lease: LeaseHandle; readonly body: FailBody }
   | {
       readonly name: 'release';
@@ -105,6 +115,22 @@ export class ScriptedDms implements Dms {
   complete(lease: LeaseHandle, body: CompleteBody, options: CallOptions = {}): Promise<void> {
     this.calls.push({ name: 'complete', lease, body });
     return this.#answer(options, () => this.#script.complete?.(body, lease));
+  }
+
+  exchange(
+    completions: readonly Completion[],
+    next: NextLeases,
+    options: CallOptions = {},
+  ): Promise<ExchangeResult> {
+    this.calls.push({ name: 'exchange', completions, next });
+    return this.#answer(
+      options,
+      (signal) =>
+        this.#script.exchange?.(completions, next, signal) ?? {
+          refusals: completions.map(() => null),
+          leases: [],
+        },
+    );
   }
 
   fail(lease: LeaseHandle, body: FailBody, options: CallOptions = {}): Promise<void> {

@@ -7,10 +7,14 @@
  *
  * - every task ends, none is lost, none is accepted twice, and the accepted outputs are the accepted attempt's;
  * - nothing ends while its work is still running under the lease that ended;
- * - a runner is entered only when every earlier attempt of the task has been told to stop;
+ * - a runner is entered only when every earlier attempt of the task has been told to stop, or is out of contact with its
+ *   dispatcher for as long as its lease lasted;
  * - attempts and concurrency are bounded;
  * - the event stream of every job has no gap and tells of the same endings as the tables;
  * - when it is over no work runs and no process has a timer left.
+ *
+ * Over the store in memory one seed is always the same run. Over a store with a server of its own (see {@link SimulationOptions})
+ * the order in which its answers arrive is not the seed's; what must hold is the same.
  */
 import { createHash } from 'node:crypto';
 import {
@@ -18,6 +22,7 @@ import {
   defineRunner,
   sleep,
   type ArtifactSink,
+  type Clock,
   type InputSource,
   type Random,
   type Runner,
@@ -25,7 +30,7 @@ import {
 } from '@millrace/runner';
 import { SimulatedClock, seededRandom } from '@millrace/runner/testing';
 import { openSqliteStore, type JobSpec, type Store, type TaskSubmission } from '@millrace/dispatch';
-import { NO_FEATURES } from '@millrace/dispatch/client';
+import { NO_FEATURES, type Dms } from '@millrace/dispatch/client';
 import { Engine } from '../engine.ts';
 import { noopMetrics } from '../metrics.ts';
 import { Roster } from '../routing/roster.ts';
@@ -39,6 +44,8 @@ const TROUBLE_MS = 40_000;
 /** Virtual time after which all must be over. Lease, retry and runner times add up to far less. */
 const SETTLE_MS = 30 * 60_000;
 const LEASE_TTL_MS = 6_000;
+/** Runs one seed. */
+const TEST_FILE = 'packages/node/dist/simulation/simulation.test.js';
 /** Node faults the store forgives per task. */
 const FREE_NODE_FAULTS = 3;
 
@@ -73,6 +80,8 @@ interface Process {
   readonly clock: MortalClock;
   readonly link: Link;
   readonly runs: Set<Run>;
+  /** What its leases' ends are, as far as it was told: epoch ms by lease, or by task where leases have no id. */
+  readonly expiries: ReadonlyMap<string, number>;
   alive: boolean;
 }
 
@@ -80,22 +89,54 @@ interface Node {
   readonly name: string;
   readonly id: string;
   readonly concurrency: number;
-  readonly skewMs: number;
+  /** How far its clock is off, in every life of it. */
+  skewMs: number;
   process: Process;
+}
+
+/** What a store is opened with, so that it lives in the simulation's time. */
+export interface SimulatedStoreOptions {
+  readonly clock: Clock;
+  readonly random: Random;
+  readonly leaseTtlMs: number;
+  readonly cancelGraceMs: number;
+  readonly backoff: { readonly baseMs: number; readonly capMs: number };
+}
+
+export interface SimulationOptions {
+  /** Opens the store, empty. The simulation closes it. Default: SQLite in memory. */
+  readonly openStore?: (options: SimulatedStoreOptions) => Promise<Store>;
+  /** The file that runs one seed with this store, for the command that is told. Default: the one for SQLite. */
+  readonly testFile?: string;
+}
+
+/** What was violated, and the command that repeats it. */
+export class SimulationFailure extends Error {
+  /** Of everything that happened, in order. */
+  readonly trace: readonly string[];
+
+  constructor(message: string, trace: readonly string[]) {
+    super(message);
+    this.trace = trace;
+  }
 }
 
 /**
  * Runs one seed to its end.
  *
- * @throws Error naming the seed, what was violated, and the command that repeats it
+ * @throws SimulationFailure naming the seed
  */
-export async function simulate(seed: number): Promise<SimulationResult> {
-  return await new World(seed).run();
+export async function simulate(seed: number, options: SimulationOptions = {}): Promise<SimulationResult> {
+  return await new World(seed, options).run();
 }
 
 class World {
   readonly #seed: number;
-  readonly #clock = new SimulatedClock({ drain: nextTurn });
+  readonly #options: SimulationOptions;
+  readonly #clock: SimulatedClock;
+  /** Calls of the store under way; time stands still meanwhile. */
+  #asked = 0;
+  #allAnswered: () => void = () => undefined;
   readonly #random: Random;
   readonly #nodes: Node[] = [];
   readonly #jobIds: string[] = [];
@@ -110,40 +151,49 @@ class World {
   readonly #violations: string[] = [];
   /** A wire without lease ids, as the reference service has it. */
   readonly #reference: boolean;
-  readonly #skewed: boolean;
+  /** Clocks are off, by too little to be told from a slow network, or by an hour, which is. */
+  readonly #skew: 'none' | 'slight' | 'hour';
+  /** How long work goes on after its lease. */
+  readonly #contactGraceMs: number;
   #faults: Faults;
   #dispatcher!: SimulatedDispatcher;
   #crashes = 0;
   #troubled = true;
 
-  constructor(seed: number) {
+  constructor(seed: number, options: SimulationOptions) {
     this.#seed = seed;
+    this.#options = options;
+    this.#clock = new SimulatedClock({ drain: () => this.#drain() });
     this.#random = seededRandom(seed);
     this.#reference = this.#chance(0.2);
-    this.#skewed = this.#chance(0.25);
+    this.#skew = this.#pick(['none', 'none', 'none', 'none', 'slight', 'hour']);
+    this.#contactGraceMs = this.#pick([0, 5_000, 30_000]);
     const maxDelayMs = this.#pick([2, 20, 300, 2_000]);
     // Without lease ids a message that is repeated or overtaken ends the wrong attempt. That is a limit of that
     // wire, and not what is looked for here.
     this.#faults = this.#reference
       ? { loss: this.#pick([0, 0.05]), repeat: 0, minDelayMs: 5, maxDelayMs: 5 }
       : {
-          loss: this.#pick([0, 0.02, 0.15]),
-          repeat: this.#pick([0, 0.05]),
+          loss: this.#pick([0, 0.02, 0.2]),
+          repeat: this.#pick([0, 0.05, 0.2]),
           minDelayMs: 1,
           maxDelayMs,
         };
   }
 
   async run(): Promise<SimulationResult> {
-    const store = await openSqliteStore({
-      path: ':memory:',
+    const settings: SimulatedStoreOptions = {
       clock: this.#clock,
       random: this.#random,
-      schedule: queueMicrotask,
       leaseTtlMs: LEASE_TTL_MS,
       cancelGraceMs: 60_000,
       backoff: { baseMs: 200, capMs: 5_000 },
-    });
+    };
+    const { openStore } = this.#options;
+    const store =
+      openStore === undefined
+        ? await openSqliteStore({ ...settings, path: ':memory:', schedule: queueMicrotask })
+        : this.#watched(await openStore(settings));
     this.#dispatcher = new SimulatedDispatcher(store, this.#clock, {
       completed: (taskId, leaseId) => this.#onCompleted(taskId, leaseId),
       ended: (taskId, leaseId, how) => this.#onEnded(taskId, leaseId, how),
@@ -202,7 +252,7 @@ class World {
         version: '0.0.0',
         maxConcurrency: concurrency,
       });
-      const skewMs = this.#skewed ? Math.round((this.#random() - 0.5) * 4_000) : 0;
+      const skewMs = this.#wrong();
       const node = { name, id, concurrency, skewMs };
       this.#nodes.push({ ...node, process: this.#start(node) });
     }
@@ -218,12 +268,27 @@ class World {
     this.#at(1_000 + this.#random() * 15_000, () => {
       if (!this.#troubled) return;
       const kind = this.#random();
+      if (this.#skew !== 'none' && this.#chance(0.3)) this.#setClock(node);
       if (kind < 0.3) this.#crash(node);
       else if (kind < 0.5) this.#restart(node);
       else if (kind < 0.85) this.#partition([node]);
       else if (kind < 0.92) this.#partition(this.#nodes);
       this.#plague(node);
     });
+  }
+
+  /** How far a clock may be off in this run. */
+  #wrong(): number {
+    if (this.#skew === 'none') return 0;
+    if (this.#skew === 'slight') return Math.round((this.#random() - 0.5) * 4_000);
+    return this.#pick([-3_600_000, 0, 3_600_000]);
+  }
+
+  #setClock(node: Node): void {
+    const skewMs = this.#wrong();
+    this.#note(`${node.name} has its clock set to ${skewMs} ms`, 'clock');
+    node.process.clock.jump(skewMs - node.skewMs);
+    node.skewMs = skewMs;
   }
 
   #crash(node: Node): void {
@@ -274,6 +339,7 @@ class World {
     const leases = new WeakMap<ArtifactSink, string | null>();
     const closing = new AbortController();
     const runs = new Set<Run>();
+    const expiries = new Map<string, number>();
     let life: Process | null = null;
     const runners = TEMPERS.map((temper) =>
       defineRunner({
@@ -302,7 +368,7 @@ class World {
       } satisfies Runner),
     );
     const engine = new Engine({
-      dms: this.#dispatcher.dms(node.id, link, this.#reference ? NO_FEATURES : {}),
+      dms: this.#overheard(this.#dispatcher.dms(node.id, link, this.#reference ? NO_FEATURES : {}), expiries),
       router: new Roster(runners),
       openStorage: ({ lease, leaseId }) => {
         const output = {} as ArtifactSink;
@@ -324,7 +390,13 @@ class World {
         }),
       },
       metrics: noopMetrics(),
-      heartbeat: { minRatio: 0.25, maxRatio: 0.35, coalesceMs: 250, requestTimeoutMs: 10_000 },
+      heartbeat: {
+        minRatio: 0.25,
+        maxRatio: 0.35,
+        coalesceMs: 250,
+        requestTimeoutMs: 10_000,
+        contactGraceMs: this.#contactGraceMs,
+      },
       taskWallMs: 10 * 60_000,
       maxConcurrency: node.concurrency,
       pollBackoffMinMs: 200,
@@ -334,7 +406,7 @@ class World {
       random: this.#random,
       log: memoryLog(),
     });
-    const process: Process = { engine, clock, link, runs, alive: true };
+    const process: Process = { engine, clock, link, runs, expiries, alive: true };
     life = process;
     void engine.run().then(() => {
       process.alive = false;
@@ -482,6 +554,30 @@ class World {
 
   // ---- What must hold -----------------------------------------------------------------------------------------
 
+  /** The connection, with what the node hears of the ends of its leases written down. */
+  #overheard(dms: Dms, expiries: Map<string, number>): Dms {
+    const note = (key: string, expiresAt: string | null): void => {
+      if (expiresAt !== null) expiries.set(key, Date.parse(expiresAt));
+    };
+    return {
+      ...dms,
+      lease: async (...args) => {
+        const result = await dms.lease(...args);
+        if (result.kind === 'leases') {
+          for (const { leaseId, envelope } of result.leases) {
+            note(leaseId ?? envelope.task.id, envelope.lease_expires_at);
+          }
+        }
+        return result;
+      },
+      heartbeat: async (lease, ...rest) => {
+        const reply = await dms.heartbeat(lease, ...rest);
+        note(lease.leaseId ?? lease.taskId, reply.lease_expires_at);
+        return reply;
+      },
+    };
+  }
+
   #onEntered(node: Omit<Node, 'process'>, run: Run): void {
     const attempt = (this.#entered.get(run.taskId) ?? 0) + 1;
     this.#entered.set(run.taskId, attempt);
@@ -489,8 +585,11 @@ class World {
     for (const other of this.#runs) {
       if (other.taskId !== run.taskId) continue;
       this.#count('overlap');
-      // A clock that is off makes a node believe in its lease for that much longer.
-      if (!other.signal.aborted && !this.#skewed) {
+      if (other.signal.aborted) continue;
+      const expiresAt = other.process.expiries.get(other.leaseId ?? other.taskId) ?? Infinity;
+      if (this.#clock.now() >= expiresAt && this.#contactGraceMs > 0) this.#count('overlap out of contact');
+      // A clock that is off by little makes a node believe in its lease for that much longer.
+      else if (this.#skew !== 'slight') {
         this.#violate(
           `${this.#short(run.taskId)} is begun again while an attempt of it was not told to stop`,
         );
@@ -533,7 +632,8 @@ class World {
       }
       const { job, tasks, receipts } = detail;
       const events = (await store.events(jobId, 0, 1_000_000)) ?? [];
-      events.forEach(({ seq }, i) => {
+      events.forEach(({ seq, kind }, i) => {
+        if (kind === 'task.resumed') this.#count('resumed');
         if (seq !== i + 1) this.#violate(`job ${jobId}: event ${seq} is at place ${i + 1}`);
       });
       if (events.at(-1)?.kind !== `job.${job.status}`) {
@@ -616,14 +716,51 @@ class World {
 
   #report(): void {
     if (this.#violations.length === 0) return;
-    throw new Error(
+    throw new SimulationFailure(
       [
         `simulation of seed ${this.#seed} broke ${this.#violations.length} rules; the first ones:`,
         ...this.#violations.slice(0, 5),
         'repeat it, with what happened, by',
-        `  MILLRACE_SIM_SEED=${this.#seed} npx vitest run packages/node/dist/simulation/simulation.test.js`,
+        `  npm run build && MILLRACE_SIM_SEED=${this.#seed} npx vitest run ${this.#options.testFile ?? TEST_FILE}`,
       ].join('\n'),
+      this.#trace,
     );
+  }
+
+  // ---- Time and the store -------------------------------------------------------------------------------------
+
+  /** Resolves when what was set off has run, and nothing is asked of the store any more. */
+  async #drain(): Promise<void> {
+    await nextTurn();
+    while (this.#asked > 0) {
+      await new Promise<void>((resolve) => {
+        this.#allAnswered = resolve;
+      });
+      await nextTurn();
+    }
+  }
+
+  /** The store, its calls counted while they are under way. */
+  #watched(store: Store): Store {
+    return new Proxy(store, {
+      get: (target, name) => {
+        const member: unknown = Reflect.get(target, name);
+        if (typeof member !== 'function') return member;
+        return (...args: unknown[]): unknown => {
+          const answer: unknown = Reflect.apply(member, target, args);
+          if (!(answer instanceof Promise)) return answer;
+          this.#asked += 1;
+          // Whoever asked hears of it first, and may ask again.
+          const answered = (): void =>
+            void setImmediate(() => {
+              this.#asked -= 1;
+              if (this.#asked === 0) this.#allAnswered();
+            });
+          answer.then(answered, answered);
+          return answer;
+        };
+      },
+    });
   }
 
   // ---- Small change -------------------------------------------------------------------------------------------

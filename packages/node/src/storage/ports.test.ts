@@ -1038,6 +1038,32 @@ describe('storage ports over servers of other kinds', () => {
     ]);
   });
 
+  test('a small artifact is one request to a server that refuses names that are taken, and a larger one is looked up', async () => {
+    const taken = new Set(['taken_' + TASK]);
+    respond = (response, call) => {
+      if (call.url === '/api/v1/info') {
+        const upload = { request_max_bytes: 9_000_000, unique_names: true, multipart: { enabled: true } };
+        response.end(JSON.stringify({ upload }));
+      } else if (call.method === 'GET') {
+        const name = new URLSearchParams(call.url.split('?')[1]).get('name') ?? '';
+        response.end(taken.has(name) ? item(name, 'binary', 'theirs') : '{"data":[]}');
+      } else if (call.method === 'POST' && call.body.includes(`name="taken_${TASK}"`)) {
+        response.writeHead(409).end('taken');
+      } else response.end(item('x', 'binary', call.method === 'PUT' ? 'theirs' : 'mine'));
+    };
+    const opened = open();
+    const methods = async (name: string, bytes: number): Promise<string[]> => {
+      const before = calls.length;
+      await opened.output.putBytes(name, Buffer.alloc(bytes));
+      return calls.slice(before).map((call) => call.method);
+    };
+    expect(await methods('first', 1)).toEqual(['GET', 'POST']); // The other is for the info.
+    expect(await methods('small', 64 * 1024)).toEqual(['POST']);
+    expect(await methods('large', 64 * 1024 + 1)).toEqual(['GET', 'POST']);
+    expect(await methods('taken', 1)).toEqual(['POST', 'GET', 'PUT']);
+    expect(opened.artifacts().map(({ id }) => id)).toEqual(['mine', 'mine', 'mine', 'theirs']);
+  });
+
   test('a part size that does not fit into memory is refused for streams, not for files', async () => {
     respond = (response, call) => {
       if (call.method === 'GET') response.end('{"data":[]}');

@@ -7,6 +7,7 @@
  * takes them so; nothing is held in memory but the parts of a stream that are under way; an empty file, which the service
  * refuses to take in parts, goes in one request.
  */
+import { createHash } from 'node:crypto';
 import { open, type FileHandle } from 'node:fs/promises';
 import { MillraceError, timeoutSignal } from '@millrace/runner';
 import {
@@ -29,6 +30,12 @@ export interface Item {
 /** A stream up to this size is sent as bytes: one request instead of three. */
 const SMALL_STREAM_BYTES = 256 * 1024;
 
+/** From this size on it is worth asking whether a file may go past the server. */
+const LARGE_FILE_BYTES = 8 * 1024 * 1024;
+
+/** Above this size bytes that were sent in vain cost more than to ask first whether their name is taken. */
+const UNNAMED_BYTES = 64 * 1024;
+
 /** Parts of a file under way at once, where the server takes several. They are read from disk as they are sent. */
 const FILE_PARTS_AT_ONCE = 3;
 
@@ -48,14 +55,20 @@ export async function uploadBytes(
   bytes: Uint8Array,
   signal: AbortSignal,
 ): Promise<string | null> {
-  // First, as the reference: an update's request is of another length.
-  const existingId = await existingIdOf(world, item, signal);
   const info = await knownInfo(world, signal);
+  // A name that is taken is then found out by the upload, which is one request where it is not.
+  const named = info !== null && info.uniqueNames && bytes.length <= UNNAMED_BYTES;
+  // First, as the reference: an update's request is of another length.
+  const existingId = named ? item.existingId : await existingIdOf(world, item, signal);
   const tooLarge =
     info !== null &&
     info.requestMaxBytes > 0 &&
     singleUploadBytes(targetOf(item, existingId), bytes.length) > info.requestMaxBytes;
-  if (!tooLarge || !info.multipartEnabled) return uploadSingle(world, item, existingId, bytes, signal);
+  // Past the server is better than through it.
+  const pastIt = info !== null && info.direct !== null && bytes.length >= info.direct.fromBytes;
+  if (!(tooLarge || pastIt) || !info.multipartEnabled) {
+    return uploadSingle(world, item, existingId, bytes, signal);
+  }
   const upload = await PartUpload.start(world, item, existingId, bytes.length, signal);
   return upload.complete(bytes.length, (start, end) => bytes.subarray(start, end));
 }
@@ -72,8 +85,10 @@ export async function uploadFile(
   const existingId = await existingIdOf(world, item, signal);
   if (size === 0) return await uploadSingle(world, item, existingId, new Uint8Array(0), signal);
   let upload: PartUpload;
+  let sha256: string | null = null;
   try {
-    upload = await PartUpload.start(world, item, existingId, size, signal);
+    sha256 = await wholeDigest(world, file, signal);
+    upload = await PartUpload.start(world, item, existingId, size, signal, sha256);
   } catch (error) {
     if (!isUnknownToServer(error)) throw error;
     const limit = await singleLimit(world, targetOf(item, existingId), signal);
@@ -83,6 +98,19 @@ export async function uploadFile(
   // A stream per attempt and part over one handle: all parts are of one file, also when its name is given to another.
   // `await`, or the file would be closed before the upload is through.
   return await upload.complete(size, (start, end) => file.chunks(start, end));
+}
+
+/** What a file is, where that lets it go past the server in one piece. Null: it does not. */
+async function wholeDigest(world: PortsWorld, file: OpenFile, signal: AbortSignal): Promise<string | null> {
+  if (file.size < LARGE_FILE_BYTES) return null;
+  const direct = (await knownInfo(world, signal))?.direct ?? null;
+  if (direct === null || file.size < direct.fromBytes || file.size > direct.wholeBytes) return null;
+  const hash = createHash('sha256');
+  for await (const chunk of file.chunks(0, file.size)) {
+    signal.throwIfAborted();
+    hash.update(chunk);
+  }
+  return hash.digest('hex');
 }
 
 /** An item written bit by bit. Not concurrent. After an error every call rejects with it; `abort` is needed in any case but after `finish`. */
@@ -244,6 +272,8 @@ class PartUpload {
   readonly #signal: AbortSignal;
   readonly #stop = new AbortController();
   readonly #etags = new Map<number, string>();
+  /** Of all of it, as one part, if that is known. */
+  readonly #whole: string | null;
   #size = 0;
 
   private constructor(
@@ -253,8 +283,10 @@ class PartUpload {
     session: UploadSession,
     item: Item,
     replaces: boolean,
+    whole: string | null,
     signal: AbortSignal,
   ) {
+    this.#whole = whole;
     this.#world = world;
     this.#storage = storage;
     this.#domainId = domainId;
@@ -271,12 +303,22 @@ class PartUpload {
     existingId: string | null,
     size: number | null,
     signal: AbortSignal,
+    sha256: string | null = null,
   ): Promise<PartUpload> {
     const storage = world.storage();
     const { id: domainId } = world.domain();
-    const request = { domainId, name: item.name, dataType: item.dataType, size, existingId };
+    const request = {
+      domainId,
+      name: item.name,
+      dataType: item.dataType,
+      size,
+      existingId,
+      ...(sha256 !== null && { sha256 }),
+    };
     const session = await withAttempts(world, signal, () => storage.startUpload(request, { signal }));
-    return new PartUpload(world, storage, domainId, session, item, existingId !== null, signal);
+    // What the server takes in several parts after all is known as none of them.
+    const whole = size !== null && session.partSize >= size ? sha256 : null;
+    return new PartUpload(world, storage, domainId, session, item, existingId !== null, whole, signal);
   }
 
   get partSize(): number {
@@ -325,7 +367,10 @@ class PartUpload {
   ): Promise<void> {
     const signal = this.#signal;
     const etag = await withAttempts(this.#world, signal, () =>
-      this.#storage.putPart(this.#domainId, this.#session.uploadId, partNumber, read(), size, { signal }),
+      this.#storage.putPart(this.#domainId, this.#session.uploadId, partNumber, read, size, {
+        signal,
+        ...(this.#whole !== null && { sha256: this.#whole }),
+      }),
     );
     this.#etags.set(partNumber, etag);
     this.#size += size;
@@ -365,7 +410,7 @@ class PartUpload {
   }
 }
 
-/** In one request. `known`: the item to replace; null: none had the name when it was looked up, and one is created. */
+/** In one request. `known`: the item to replace; null: none is known to have the name, and one is created. */
 async function uploadSingle(
   world: PortsWorld,
   item: Item,
@@ -383,7 +428,7 @@ async function uploadSingle(
       const stored = await world.storage().put(world.domain().id, target, bytes, { signal });
       return stored?.id ?? existingId;
     } catch (error) {
-      // Somebody else created it since it was looked up.
+      // It was not looked up, or somebody else created it since.
       const conflict = existingId === null && MillraceError.is(error) && error.details['status'] === 409;
       if (!conflict || conflicts > 0) throw error;
       conflicts += 1;

@@ -178,9 +178,9 @@ export class PortsWorld {
   close(): Promise<void> {
     this.#closing ??= new Promise((resolve) => {
       this.#whenEmpty = resolve;
+      if (this.#stays.size === 0) return resolve();
       const reason = new MillraceError('failed_precondition', 'the task has ended, its storage is closed');
       for (const stay of this.#stays) stay.abort(reason);
-      if (this.#stays.size === 0) resolve();
     });
     return this.#closing;
   }
