@@ -90,6 +90,23 @@ describe('JobBoard', () => {
     expect(board().board.timeline(80)).toEqual([]);
   });
 
+  test('an attempt whose node was taken for lost and came back is one attempt', () => {
+    const { board: made, lines } = board(
+      [0, 'task.leased', '00', { node_id: 'id-1' }],
+      [500, 'task.expired', '00'],
+      [900, 'task.resumed', '00', { node_id: 'id-1' }],
+      [2000, 'task.completed', '00'],
+    );
+    expect(lines.slice(1)).toEqual([
+      'tile-00-00 node lost after 0.50 s on node-1',
+      'tile-00-00 goes on on node-1',
+      'tile-00-00 completed after 2.00 s on node-1',
+    ]);
+    expect(made.timeline(80)).toEqual([
+      expect.stringMatching(/^tile-00-00 {2}node-1 {2}\+0\.00 s {2}2\.00 s/),
+    ]);
+  });
+
   test('a bar is never empty and never outside, however short the attempt or narrow the terminal', () => {
     const { board: made } = board(
       [0, 'job.submitted', null],

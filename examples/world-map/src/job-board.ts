@@ -67,6 +67,13 @@ export class JobBoard {
       this.#readProgress(task, event.data['progress']);
       return null;
     }
+    if (event.kind === 'task.resumed') {
+      // The node that was taken for lost had gone on all the time.
+      const lost = this.#attempts.findLast((one) => one.task === event.task_id);
+      if (lost) Object.assign(lost, { endMs: null, outcome: 'running' });
+      task.status = 'leased';
+      return `${task.label} goes on${lost ? ` on ${lost.node}` : ''}`;
+    }
     const ending = ENDINGS[event.kind];
     if (ending === undefined) return null;
     const { outcome, status } = ending;

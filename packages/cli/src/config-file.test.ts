@@ -48,6 +48,7 @@ describe('the config file', () => {
       limits: { wallMs: 9 },
       drainMs: 5,
       maxConcurrency: 2,
+      resources: null,
       compute: null,
       supervision: {},
       env: {},
@@ -136,13 +137,24 @@ describe('the config file', () => {
     ]);
   });
 
+  test('what the node has to give is as the variable RESOURCES would have it', async () => {
+    await write('millrace.config.yaml', 'resources: { memory: 1.5 GiB, cpu: 4, gpu: 1 }\n');
+    const { resources } = await loadConfig(undefined, dir);
+    expect(resources).toBe('cpu=4,gpu=1,memory=1610612736');
+  });
+
   test.each([
+    [
+      'c.yaml',
+      'resources: { cpu: 0 }\n',
+      /^c\.yaml:1:19: resources\.cpu: must be a multiple of 0\.001, .*got 0$/,
+    ],
     ['c.yaml', 'maxConcurrency: 0\n', /^c\.yaml:1:17: maxConcurrency: .*>=1, got 0/],
     ['c.yaml', 'limits:\n  wallMs: fast\n', /^c\.yaml:2:11: limits\.wallMs: .*, got "fast"/],
     [
       'c.yaml',
       'runner: [a.js]\n',
-      /^c\.yaml:1:9: unknown member "runner"; known are runners, compute, labels, limits, maxConcurrency, supervision, env$/,
+      /^c\.yaml:1:9: unknown member "runner"; known are runners, compute, labels, limits, maxConcurrency, resources, supervision, env$/,
     ],
     ['c.yaml', 'limits: { wall: 1 }\n', /: limits: unknown member "wall"; known are memoryMiB, .*drainMs$/],
     ['c.yaml', 'labels: { gpu: 1 }\n', /labels\.gpu: expected string, got 1/],

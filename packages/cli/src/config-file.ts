@@ -1,12 +1,13 @@
 /** Finds, loads and checks the config file of {@link MillraceConfig}. */
 import { access, readFile } from 'node:fs/promises';
 import path from 'node:path';
+import { formatResources, parseResources } from '@millrace/dispatch/client';
 import type { SupervisionOptions } from '@millrace/node';
 import { MillraceError, checkCapability, describeError, type Runner } from '@millrace/runner';
 import { z } from 'zod';
 import type { ComputeConfig, MillraceConfig, RunnerLimits } from './config.ts';
 import { checkLocated, parseLocated, unlocated, type LocatedDocument } from './located-document.ts';
-import { capabilitySchema } from './schemas.ts';
+import { capabilitySchema, resourcesSchema } from './schemas.ts';
 
 /** A runner to open, everything resolved; or one that the config file made itself. */
 export type RunnerSpec = (ModuleSpec | { readonly runner: Runner }) & RunnerPlace;
@@ -40,12 +41,19 @@ export interface LoadedConfig {
   readonly limits: Partial<RunnerLimits>;
   readonly drainMs: number | null;
   readonly maxConcurrency: number | null;
+  /** As the variable `RESOURCES` has them. */
+  readonly resources: string | null;
   readonly supervision: SupervisionOptions;
   /** For programs and containers that tasks name. */
   readonly env: Readonly<Record<string, string>>;
 }
 
 const positive = z.int().min(1);
+
+function resourceText(resources: NonNullable<MillraceConfig['resources']>): string {
+  return formatResources(parseResources(resources) ?? {});
+}
+
 const limitMembers = {
   memoryMiB: z.int().min(8).max(65_536).exactOptional(),
   wallMs: positive.exactOptional(),
@@ -186,6 +194,7 @@ const configSchema = z.strictObject({
   labels: z.record(z.string().min(1), z.string()).exactOptional(),
   limits: z.strictObject({ ...limitMembers, drainMs: z.int().min(0).exactOptional() }).exactOptional(),
   maxConcurrency: z.int().min(1).max(4096).exactOptional(),
+  resources: resourcesSchema.exactOptional(),
   supervision: supervisionSchema.exactOptional(),
   env: z.record(z.string(), z.string()).exactOptional(),
 }) satisfies z.ZodType<MillraceConfig>;
@@ -212,6 +221,7 @@ export async function loadConfig(given: string | undefined, cwd: string): Promis
       limits: {},
       drainMs: null,
       maxConcurrency: null,
+      resources: null,
       supervision: {},
       env: {},
     };
@@ -249,6 +259,7 @@ export async function loadConfig(given: string | undefined, cwd: string): Promis
     limits,
     drainMs: drainMs ?? null,
     maxConcurrency: config.maxConcurrency ?? null,
+    resources: config.resources === undefined ? null : resourceText(config.resources),
     supervision: config.supervision ?? {},
     env: config.env ?? {},
   };

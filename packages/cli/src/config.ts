@@ -146,8 +146,13 @@ export interface MillraceConfig {
   readonly supervision?: SupervisionOptions;
   /** Variables of every program and container that a task names; they win over the task's own. Default none. */
   readonly env?: Readonly<Record<string, string>>;
-  /** Tasks at once. Default: `MAX_CONCURRENCY`, else 1 (`up` and `run`: the number of processors). */
+  /** Tasks at once. Default: `MAX_CONCURRENCY`, else 1 (`up` and `run`: the number of processors). With `resources`: 1,000. */
   readonly maxConcurrency?: number;
+  /**
+   * What the node has to give to its tasks, which then take amounts of it instead of counting alike: `cpu` in cores, `memory` in
+   * bytes or as a size such as `'32GiB'`, whole `gpu`, or names of your own. Default: `RESOURCES`, else it does not say.
+   */
+  readonly resources?: Readonly<Record<string, number | string>>;
 }
 
 /** Returns its argument; it is there for the types. */

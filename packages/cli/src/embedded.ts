@@ -11,7 +11,7 @@ import { createNode, parseNodeEnv, prometheusMetrics, type ComputeNode } from '@
 import type { Logger, Runner } from '@millrace/runner';
 import type { ComputeSpec, LoadedConfig, RunnerSpec } from './config-file.ts';
 import { closeRunners, openRunners, placed } from './embed-runners.ts';
-import { openLocalDispatcher, type OpenDispatcher } from './local-dispatcher.ts';
+import { openLocalDispatcher, type LocalDispatcherOptions, type OpenDispatcher } from './local-dispatcher.ts';
 import { createIdentity, envFileText, type NodeEnv } from './node-identity.ts';
 import { writePrivateFile } from './private-file.ts';
 import { COMPUTE_CAPABILITY, openComputeRunner } from './compute-runner.ts';
@@ -30,6 +30,8 @@ export interface EmbeddedOptions {
   readonly compute: ComputeSpec | null;
   /** Tasks at once; null: the config's, else `MAX_CONCURRENCY`, else the number of processors. */
   readonly concurrency: number | null;
+  /** Default: the folder `blobs` in the data folder. */
+  readonly blobs?: LocalDispatcherOptions['blobs'];
   readonly log: Logger;
 }
 
@@ -59,6 +61,7 @@ export async function startEmbedded(options: EmbeddedOptions): Promise<Embedded>
       pid: options.pid,
       port: options.port,
       log,
+      ...(options.blobs !== undefined && { blobs: options.blobs }),
       ...(options.runners.length + (options.compute === null ? 0 : 1) > 0 && {
         moreMetrics: () => metrics.exposition(),
       }),
@@ -75,7 +78,10 @@ export async function startEmbedded(options: EmbeddedOptions): Promise<Embedded>
   try {
     const nodeConfig = parseNodeEnv({
       // Tuning and logging as in the environment; who and where is decided here.
-      MAX_CONCURRENCY: String(config.maxConcurrency ?? availableParallelism()),
+      ...(config.resources !== null && { RESOURCES: config.resources }),
+      ...((config.maxConcurrency !== null || (config.resources === null && !env['RESOURCES']?.trim())) && {
+        MAX_CONCURRENCY: String(config.maxConcurrency ?? availableParallelism()),
+      }),
       ...env,
       ...(options.concurrency !== null && { MAX_CONCURRENCY: String(options.concurrency) }),
       ...(await embeddedIdentity(dataDir, dispatcher)),

@@ -106,6 +106,35 @@ test('a job waits for its time, and says so; queues say what waits', async () =>
   expect(bad.stderr).toMatch(/bad\.yaml:1:13: not_before/);
 });
 
+test('domains are weighed and listed, and what is wrong is said', async () => {
+  const domain = 'aaaaaaaa-0000-4000-8000-000000000000';
+  await using serve = new Program(['dispatch', 'serve', '--port', '0'], place);
+  await serve.firstDocument();
+  expect(await answer(['domains'], place)).toBe(
+    'nothing waits and nothing runs, and every domain has weight 1\n',
+  );
+  expect(await answer(['domains', 'weight', domain, '3'], place)).toBe(`domain ${domain} has weight 3\n`);
+  await write(
+    'job.yaml',
+    `domain_id: ${domain}\nconcurrency: { key: k, limit: 1 }\ntasks:\n  - { capability: /x/v1, resources: { memory: 1GiB, gpu: 1 } }\n`,
+  );
+  await answer(['submit', 'job.yaml'], place);
+  expect(await answer(['domains'], place)).toMatch(new RegExp(`${domain} +3 +1 +0\n`));
+  expect(await json('domains')).toEqual({
+    domains: [{ domain_id: domain, weight: 3, ready: 1, held: 0 }],
+  });
+  expect(await answer(['queues'], place)).toMatch(/\/x\/v1 +1 gpu 1\.0 GiB +1 /);
+  for (const [args, message] of [
+    [[domain, '0'], /must be a whole number from 1 to 1000, got "0"/],
+    [[domain, '1001'], /got "1001"/],
+    [['nobody', '2'], /the domain id must be a UUID, got "nobody"/],
+  ] as const) {
+    const refused = await ask(['domains', 'weight', ...args], place);
+    expect(refused.code).toBe(2);
+    expect(refused.stderr).toMatch(message);
+  }
+});
+
 test('a schedule is added, listed, replaced, due and removed', async () => {
   await write('job.yaml', 'label: often\ntasks:\n  - capability: /test/picky/v1\n');
   await using serve = new Program(['dispatch', 'serve', '--port', '0'], place);

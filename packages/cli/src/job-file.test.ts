@@ -59,8 +59,16 @@ describe('a job file', () => {
       /^job\.yaml:3:15: tasks\[0\]\.priority: expected .*, got "high"/,
     ],
     [
+      'tasks:\n  - capability: /x\n    resources: { gpu: 0.5 }\n',
+      /^job\.yaml:3:23: tasks\[0\]\.resources\.gpu: must be a whole number from 1 to 2\^53, got 0\.5$/,
+    ],
+    [
+      'concurrency: { key: k, limit: 0 }\ntasks:\n  - capability: /x\n',
+      /^job\.yaml:1:31: concurrency\.limit: .*>=1, got 0$/,
+    ],
+    [
       'tasks:\n  - capability: /x\n    capabilty: /x\n',
-      /^job\.yaml:3:16: tasks\[0\]: unknown member "capabilty"; known are label, stage, capability, .*deadline_at, not_before$/,
+      /^job\.yaml:3:16: tasks\[0\]: unknown member "capabilty"; known are label, stage, capability, .*deadline_at, not_before, concurrency, resources$/,
     ],
     [
       'tasks:\n  - capability: /x\nedges: [{ from: a, to: b, via: c, at: d }]\n',

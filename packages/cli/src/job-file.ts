@@ -14,7 +14,7 @@ import type { JobSubmission } from '@millrace/dispatch/client';
 import { MillraceError } from '@millrace/runner';
 import { z } from 'zod';
 import { checkLocated, parseLocated } from './located-document.ts';
-import { capabilitySchema } from './schemas.ts';
+import { capabilitySchema, resourcesSchema } from './schemas.ts';
 
 const name = z.string().min(1);
 const time = z.iso.datetime({ offset: true });
@@ -23,6 +23,8 @@ const filter = z.union(
   [z.string(), z.record(z.string(), z.json())],
   'expected a string, or operators such as {"In": ["a", "b"]}',
 );
+
+const concurrency = z.strictObject({ key: name, limit: z.int().min(1).max(1_000_000) }).nullish();
 
 // As on the wire, an optional member that is null counts as absent.
 const taskSchema = z.strictObject({
@@ -39,6 +41,8 @@ const taskSchema = z.strictObject({
   max_attempts: z.int().min(1).nullish(),
   deadline_at: time.nullish(),
   not_before: time.nullish(),
+  concurrency,
+  resources: resourcesSchema.nullish(),
 });
 
 const jobSchema = z.strictObject({
@@ -48,6 +52,7 @@ const jobSchema = z.strictObject({
   meta: z.record(z.string(), z.json()).nullish(),
   deadline_at: time.nullish(),
   not_before: time.nullish(),
+  concurrency,
   tasks: z.array(taskSchema).min(1),
   edges: z.array(z.strictObject({ from: name, to: name })).nullish(),
   cache: z.boolean().nullish(),

@@ -83,6 +83,11 @@ describe('usage', () => {
       /the URL of the blobs has the unknown parameter "acl"/,
     ],
     [
+      ['up', '--blobs', 's3://key:secret@bucket'],
+      /the URL of the blobs must not hold credentials(?!.*secret)/,
+    ],
+    [['up', '--blobs', 'gs://bucket'], /--blobs must be file:DIR or s3:\/\/BUCKET…, got "gs:\/\/bucket"/],
+    [
       ['dispatch', 'serve', '--blobs', 'gs://bucket'],
       /--blobs must be file:DIR or s3:\/\/BUCKET…, got "gs:\/\/bucket"/,
     ],

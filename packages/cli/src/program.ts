@@ -9,6 +9,7 @@ import { registerCompute } from './commands/compute.ts';
 import { registerDead } from './commands/dead.ts';
 import { registerDispatch } from './commands/dispatch.ts';
 import { registerDoctor } from './commands/doctor.ts';
+import { registerDomains } from './commands/domains.ts';
 import { registerGet } from './commands/get.ts';
 import { registerJobs } from './commands/jobs.ts';
 import { registerNode } from './commands/node.ts';
@@ -74,6 +75,7 @@ function buildProgram(session: Session): Command {
   registerSchedules(program, session);
   registerGet(program, session);
   registerQueues(program, session);
+  registerDomains(program, session);
   registerNodes(program, session);
   registerNode(program, session);
   registerDispatch(program, session);

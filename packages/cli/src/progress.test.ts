@@ -180,6 +180,22 @@ describe('a job on a terminal', () => {
     expect(live(view, 1040)[1]).toBe('  › a  00:01  attempt 2');
   });
 
+  test('takes a task up again when the node that was taken for lost comes back', () => {
+    const view = new JobView(detailOf([['a', 'a']]));
+    const told = feed(view, [
+      [0, 'task.leased', 't0', { attempt: 1 }],
+      [20, 'task.expired', 't0', { node_id: 'n' }],
+      [1000, 'task.resumed', 't0', { node_id: 'n', attempt: 1 }],
+    ]);
+    expect(told.slice(1)).toEqual([
+      'a: its node stopped answering, will be tried again',
+      'a: its node is back and goes on',
+    ]);
+    expect(live(view, 3000)[1]).toBe('  › a  00:02');
+    feed(view, [[4000, 'task.completed', 't0']]);
+    expect(live(view, 4000)[1]).toBe('  ✓ a  3.0 s');
+  });
+
   test('keeps to the height and says what it leaves out', () => {
     const view = new JobView(
       detailOf(Array.from({ length: 50 }, (_, index) => ['tile', String(index)] as const)),

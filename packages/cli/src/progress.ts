@@ -196,6 +196,12 @@ export class JobView {
       case 'task.expired':
         requeue('its node stopped answering');
         return `${task.name}: its node stopped answering, will be tried again`;
+      case 'task.resumed':
+        task.status = 'running';
+        task.startedAtMs = atMs;
+        task.reason = null;
+        this.#noteActivity(atMs);
+        return `${task.name}: its node is back and goes on`;
       case 'task.completed':
         end('completed');
         return null;

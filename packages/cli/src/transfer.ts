@@ -42,7 +42,7 @@ export async function uploadInput(source: InputSource, stdin: Readable, to: Uplo
   const there = await find();
   if (there !== null) return there;
   try {
-    return await sendStream(openFile(source.path), base, name, to, digest);
+    return await sendStream(() => openFile(source.path), base, name, to, { sha256: digest, size });
   } catch (error) {
     if (MillraceError.is(error) && error.code === 'failed_precondition') {
       throw new MillraceError(
@@ -80,22 +80,25 @@ async function hashFile(
 
 /** Waiting for the next chunk of a silent pipe ends with the signal too. */
 async function sendStream(
-  stream: Readable,
+  stream: Readable | (() => Readable),
   from: string,
   name: string,
   { requestor, onBytes, ...to }: UploadTo,
-  sha256?: string,
+  stated: { readonly sha256?: string; readonly size?: number } = {},
 ): Promise<string> {
+  const { signal } = to;
+  const bytes =
+    typeof stream === 'function' ? () => addAbortSignal(signal, stream()) : addAbortSignal(signal, stream);
   try {
-    return await requestor.upload(addAbortSignal(to.signal, stream), {
+    return await requestor.upload(bytes, {
       ...to,
+      ...stated,
       name,
       dataType: dataTypeOf(from),
       ...(onBytes !== undefined && { onBytes }),
-      ...(sha256 !== undefined && { sha256 }),
     });
   } catch (error) {
-    throw to.signal.aborted ? to.signal.reason : error;
+    throw signal.aborted ? signal.reason : error;
   }
 }
 

@@ -6,6 +6,7 @@ import { resolveDataDir } from '../data-dir.ts';
 import { EXIT, type ExitCode } from '../exit-codes.ts';
 import type { CommandContext } from '../io.ts';
 import type { LocalDispatcherOptions } from '../local-dispatcher.ts';
+import { BLOBS_HELP, blobsPlace, storePlace } from '../places.ts';
 import { parseInteger } from '../units.ts';
 
 interface ServeOptions {
@@ -32,10 +33,7 @@ export function registerDispatch(program: Command, session: Session): void {
       '--store <url>',
       'sqlite:PATH or postgres://… (default: MILLRACE_STORE, else sqlite:millrace.db in the data folder)',
     )
-    .option(
-      '--blobs <url>',
-      'file:DIR or s3://BUCKET/PREFIX?endpoint=URL&region=NAME (default: MILLRACE_BLOBS, else file:blobs in the data folder)',
-    )
+    .option('--blobs <url>', BLOBS_HELP)
     .option('--public-url <url>', 'how others reach it, when that is not host and port')
     .option('--task-log <MiB>', 'kept of what one attempt of a task says; 0 keeps nothing', '16')
     .option(
@@ -165,53 +163,4 @@ function flagOf(name: string, env: CommandContext['io']['env']): boolean {
 
 function protocolOf(url: string): string {
   return URL.canParse(url) ? new URL(url).protocol : '';
-}
-
-/** What `--store` or `MILLRACE_STORE` names; null when neither does. */
-async function storePlace(
-  given: string | undefined,
-  io: CommandContext['io'],
-): Promise<NonNullable<LocalDispatcherOptions['store']> | null> {
-  const value = given ?? (io.env['MILLRACE_STORE'] || undefined);
-  // The database's own errors never repeat the URL, which may hold a password; neither does anything here.
-  if (value !== undefined && /^postgres(?:ql)?:/i.test(value)) return { postgres: value };
-  const sqlite = await localPlace(
-    value,
-    given === undefined ? 'MILLRACE_STORE' : '--store',
-    'sqlite',
-    io.cwd,
-  );
-  return sqlite === null ? null : { sqlite };
-}
-
-/** What `--blobs` or `MILLRACE_BLOBS` names; null when neither does. */
-async function blobsPlace(
-  given: string | undefined,
-  io: CommandContext['io'],
-): Promise<NonNullable<LocalDispatcherOptions['blobs']> | null> {
-  const value = given ?? (io.env['MILLRACE_BLOBS'] || undefined);
-  // Read where it is opened; nothing repeats it, for somebody may have written a secret into it.
-  if (value !== undefined && /^s3:/i.test(value)) return { s3: value };
-  const dir = await localPlace(value, given === undefined ? 'MILLRACE_BLOBS' : '--blobs', 'file', io.cwd);
-  return dir === null ? null : { dir };
-}
-
-/** The path behind `sqlite:PATH` or `file:DIR`, from `cwd`; null when the option is absent. */
-async function localPlace(
-  value: string | undefined,
-  option: '--store' | 'MILLRACE_STORE' | '--blobs' | 'MILLRACE_BLOBS',
-  scheme: 'sqlite' | 'file',
-  cwd: string,
-): Promise<string | null> {
-  if (value === undefined) return null;
-  const shape = scheme === 'sqlite' ? 'sqlite:PATH or postgres://…' : 'file:DIR or s3://BUCKET…';
-  const place = value.startsWith(`${scheme}:`) ? value.slice(scheme.length + 1) : '';
-  if (place === '') {
-    // A URL of another kind may hold a password all the same.
-    const shown = JSON.stringify(value.replace(/\/\/[^/]*@/, '//…@'));
-    throw new MillraceError('invalid_argument', `${option} must be ${shape}, got ${shown}`);
-  }
-  const path = await import('node:path');
-  // `file:///srv/blobs` and `sqlite:///srv/db` are spelled like URLs; the slashes before the path are not part of it.
-  return path.resolve(cwd, place.replace(/^\/\/(?=\/)/, ''));
 }

@@ -114,7 +114,10 @@ async function start(context: CommandContext, options: StartOptions): Promise<Ex
   const layers: readonly Layer[] = [
     {
       from: config.file ?? '',
-      env: config.maxConcurrency === null ? {} : { MAX_CONCURRENCY: String(config.maxConcurrency) },
+      env: {
+        ...(config.maxConcurrency !== null && { MAX_CONCURRENCY: String(config.maxConcurrency) }),
+        ...(config.resources !== null && { RESOURCES: config.resources }),
+      },
     },
     {
       from: options.envFile ?? '',

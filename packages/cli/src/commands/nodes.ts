@@ -6,7 +6,7 @@ import { action, examples, type Session } from '../command.ts';
 import { EXIT, type ExitCode } from '../exit-codes.ts';
 import type { CommandContext } from '../io.ts';
 import { oneLine, table } from '../text-width.ts';
-import { formatTime } from '../units.ts';
+import { formatBytes, formatTime } from '../units.ts';
 
 interface AddOptions {
   readonly name: string;
@@ -57,6 +57,7 @@ async function list(context: CommandContext): Promise<ExitCode> {
         { title: 'MODE' },
         { title: 'SEEN' },
         { title: 'BUSY', align: 'right' },
+        { title: 'RESOURCES' },
         { title: 'CAPABILITIES' },
       ],
       nodes.map((node) => [
@@ -69,12 +70,21 @@ async function list(context: CommandContext): Promise<ExitCode> {
             : 'registered'
           : formatTime(node.last_seen_at, io.now()),
         `${node.active_leases}/${node.max_concurrency}`,
+        Object.entries(node.resources ?? {})
+          .map(([name, amount]) => shareOf(name, node.resources_in_use?.[name] ?? 0, amount))
+          .join(' ') || '-',
         oneLine(node.capabilities.join(' ')) || '-',
       ]),
       out.paint.dim,
     );
   });
   return EXIT.done;
+}
+
+/** `cpu 1.5/4`, `memory 512 MiB/8 GiB`. */
+function shareOf(name: string, inUse: number, amount: number): string {
+  const shown = (value: number): string => (name === 'memory' ? formatBytes(value) : String(value));
+  return `${name} ${shown(inUse)}/${shown(amount)}`;
 }
 
 async function add(context: CommandContext, options: AddOptions): Promise<ExitCode> {

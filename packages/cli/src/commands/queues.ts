@@ -4,7 +4,7 @@ import { action, connected, examples, type Session } from '../command.ts';
 import { EXIT, type ExitCode } from '../exit-codes.ts';
 import type { CommandContext } from '../io.ts';
 import { oneLine, table } from '../text-width.ts';
-import { formatDuration } from '../units.ts';
+import { formatBytes, formatDuration } from '../units.ts';
 
 export function registerQueues(program: Command, session: Session): void {
   program
@@ -31,7 +31,7 @@ async function list(context: CommandContext): Promise<ExitCode> {
     return table(
       [
         { title: 'CAPABILITY' },
-        { title: 'LABELS' },
+        { title: 'DEMANDS' },
         { title: 'READY', align: 'right' },
         { title: 'BLOCKED', align: 'right' },
         { title: 'DELAYED', align: 'right' },
@@ -43,13 +43,16 @@ async function list(context: CommandContext): Promise<ExitCode> {
       report.queues.map((queue) => [
         oneLine(queue.capability) + (queue.mode === 'dedicated' ? ' (dedicated)' : ''),
         oneLine(
-          Object.entries(queue.capability_filters)
-            .map(([name, value]) =>
+          [
+            ...Object.entries(queue.capability_filters).map(([name, value]) =>
               typeof value === 'string' ? `${name}=${value}` : `${name} ${JSON.stringify(value)}`,
-            )
-            .join(' '),
+            ),
+            ...Object.entries(queue.resources ?? {}).map(([name, amount]) =>
+              name === 'memory' ? formatBytes(amount) : `${amount} ${name}`,
+            ),
+          ].join(' '),
         ) || '-',
-        String(queue.ready),
+        queue.limited === 0 ? String(queue.ready) : `${queue.ready} (${queue.limited} limited)`,
         String(queue.blocked),
         String(queue.delayed),
         String(queue.running),

@@ -4,6 +4,7 @@ import { action, examples, type Session } from '../command.ts';
 import { resolveDataDir } from '../data-dir.ts';
 import { EXIT, type ExitCode } from '../exit-codes.ts';
 import type { CommandContext } from '../io.ts';
+import { BLOBS_HELP, blobsPlace } from '../places.ts';
 import { logSandbox } from '../sandbox-note.ts';
 import { parseInteger } from '../units.ts';
 
@@ -11,6 +12,7 @@ interface UpOptions {
   readonly config?: string;
   readonly port?: string;
   readonly concurrency?: string;
+  readonly blobs?: string;
 }
 
 export function registerUp(program: Command, session: Session): void {
@@ -24,6 +26,7 @@ export function registerUp(program: Command, session: Session): void {
     )
     .option('--port <port>', 'port on 127.0.0.1; 0 picks a free one', '7070')
     .option('--concurrency <n>', 'tasks at once (default: the number of processors)')
+    .option('--blobs <url>', BLOBS_HELP)
     .addHelpText(
       'after',
       examples([
@@ -32,6 +35,10 @@ export function registerUp(program: Command, session: Session): void {
         [
           'millrace up --port 0 --data ./state --json',
           'any free port; stdout is one JSON object with the url',
+        ],
+        [
+          'AWS_PROFILE=millrace millrace up --blobs "s3://my-bucket/blobs?region=eu-west-1"',
+          'artifacts in S3; credentials come from the standard AWS chain',
         ],
       ]) + '\nCtrl-C stops: no new work, running tasks get 30 s. Again: they are aborted. Again: killed.\n',
     )
@@ -48,6 +55,7 @@ async function up(
   const concurrency =
     options.concurrency === undefined ? null : parseInteger(options.concurrency, '--concurrency', 1, 4096);
   const dataDir = resolveDataDir(context);
+  const blobs = await blobsPlace(options.blobs, io);
   const [{ loadConfig }, { runnerSpecs }, { startEmbedded }, { operatorLogger }, { stopLadder }] =
     await Promise.all([
       import('../config-file.ts'),
@@ -67,6 +75,7 @@ async function up(
     config,
     compute: config.compute === false ? null : (config.compute ?? {}),
     concurrency,
+    ...(blobs !== null && { blobs }),
     log,
   });
   // Listening from before the first line: whoever reads it may send the signal at once.
