@@ -2,8 +2,9 @@
  * W7: artifacts over HTTP beside `cp` and `sha256sum` of the same bytes on the same disk in the same run.
  *
  * Large: one file of 256 MiB goes up as a stream, is hashed and synced before it is acknowledged, and comes down into another
- * file, compared with its digest on the way. Small: 10,000 of 4 KiB, several at a time, each durable when acknowledged, then
- * each down and compared. The limit is the slower of copying and hashing: what these bytes cost when nobody is in
+ * file, compared with its digest on the way. Small: 10,000 of 4 KiB, many in one request as `uploadItems` sends them, durable when
+ * acknowledged, then down in requests of as many and each compared; and, because not everybody has them all at once, up and down by
+ * a request for each. The limit is the slower of copying and hashing: what these bytes cost when nobody is in
  * between. `cp` alone leaves them in the page cache, as the download does; followed by `sync` they are durable, as
  * after the upload.
  */
@@ -22,8 +23,11 @@ const MIB = 1024 * 1024;
 const LARGE_MIB = 256;
 const SMALL_COUNT = 10_000;
 const SMALL_BYTES = 4096;
-/** Requests under way at once, for the small ones. */
+/** Requests under way at once, where each small one has its own. */
 const IN_FLIGHT = 16;
+/** Small ones of one download, and such downloads at once. */
+const BATCH = 256;
+const BATCHES_IN_FLIGHT = 2;
 const ROUNDS = 3;
 
 /** Seconds of each round. */
@@ -40,7 +44,7 @@ export async function artifacts(): Promise<Figure> {
   try {
     await using dispatcher = await startDispatcher();
     const large = await measureLarge(dispatcher, folder);
-    const small = await measureSmall(dispatcher, folder);
+    const { together, single } = await measureSmall(dispatcher, folder);
     const rate = (seconds: readonly number[]): string => `${Math.round(LARGE_MIB / median(seconds))} MiB/s`;
     const each = (seconds: readonly number[]): string =>
       `${Math.round(SMALL_COUNT / median(seconds)).toLocaleString('en-US')}/s`;
@@ -49,10 +53,11 @@ export async function artifacts(): Promise<Figure> {
       lines: [
         ...linesOf(`${LARGE_MIB} MiB, median of ${ROUNDS}`, large, rate),
         ...linesOf(
-          `${SMALL_COUNT.toLocaleString('en-US')} of ${SMALL_BYTES} bytes, ${IN_FLIGHT} at a time, once`,
-          small,
+          `${SMALL_COUNT.toLocaleString('en-US')} of ${SMALL_BYTES} bytes, ${BATCH} in a request, once`,
+          together,
           each,
         ),
+        ...linesOf(`the same, a request for each, ${IN_FLIGHT} at a time`, single, each),
       ],
     };
   } finally {
@@ -124,29 +129,58 @@ async function measureLarge({ client }: BenchDispatcher, folder: string): Promis
   return all;
 }
 
-async function measureSmall({ client }: BenchDispatcher, folder: string): Promise<Times> {
+async function measureSmall(
+  { client }: BenchDispatcher,
+  folder: string,
+): Promise<{ readonly together: Times; readonly single: Times }> {
   const { domainId } = await client.health();
   const source = path.join(folder, 'small');
   await mkdir(source);
-  const items: { readonly bytes: Buffer; readonly digest: string; id: string }[] = [];
-  for (let index = 0; index < SMALL_COUNT; index += 1) {
-    const bytes = randomFillSync(Buffer.alloc(SMALL_BYTES));
-    items.push({ bytes, digest: createHash('sha256').update(bytes).digest('hex'), id: '' });
-    await writeFile(path.join(source, String(index)), bytes);
-  }
-  const up = await secondsOf(() =>
-    severalAtOnce(items, async (item, index) => {
-      item.id = await client.upload(item.bytes, { name: `small-${index}` });
+  /** Other bytes each time: equal ones are stored once. */
+  const makeItems = (): SmallItem[] =>
+    Array.from({ length: SMALL_COUNT }, () => {
+      const bytes = randomFillSync(Buffer.alloc(SMALL_BYTES));
+      return { bytes, digest: createHash('sha256').update(bytes).digest('hex'), id: '' };
+    });
+  const check = async (body: AsyncIterable<Uint8Array>, item: SmallItem | undefined): Promise<void> => {
+    const hash = createHash('sha256');
+    for await (const chunk of body) hash.update(chunk);
+    if (hash.digest('hex') !== item?.digest) throw new Error('other bytes came down');
+  };
+
+  const together = makeItems();
+  const togetherUp = await secondsOf(async () => {
+    const ids = await client.uploadItems(
+      together.map(({ bytes }, index) => ({ name: `together-${index}`, dataType: 'binary', bytes })),
+    );
+    ids.forEach((id, index) => (together[index]!.id = id));
+  });
+  const batches = Array.from({ length: Math.ceil(SMALL_COUNT / BATCH) }, (_, index) =>
+    together.slice(index * BATCH, (index + 1) * BATCH),
+  );
+  const togetherDown = await secondsOf(() =>
+    severalAtOnce(batches, BATCHES_IN_FLIGHT, async (batch) => {
+      let next = 0;
+      const ids = batch.map(({ id }) => id);
+      for await (const { body } of client.storage.download({ domainId, ids }))
+        await check(body, batch[next++]);
+      if (next !== batch.length) throw new Error(`${next} of ${batch.length} came down`);
     }),
   );
-  const down = await secondsOf(() =>
-    severalAtOnce(items, async ({ id, digest }) => {
-      const { body } = await client.storage.openRaw(domainId, id);
-      const hash = createHash('sha256');
-      for await (const chunk of body) hash.update(chunk as Uint8Array);
-      if (hash.digest('hex') !== digest) throw new Error('other bytes came down');
+
+  const single = makeItems();
+  const singleUp = await secondsOf(() =>
+    severalAtOnce(single, IN_FLIGHT, async (item, index) => {
+      item.id = await client.upload(item.bytes, { name: `single-${index}` });
     }),
   );
+  const singleDown = await secondsOf(() =>
+    severalAtOnce(single, IN_FLIGHT, async (item) => {
+      await check((await client.storage.openRaw(domainId, item.id)).body, item);
+    }),
+  );
+
+  for (const [index, { bytes }] of single.entries()) await writeFile(path.join(source, String(index)), bytes);
   const copy = await secondsOf(() => run('cp', '-r', source, `${source}.copy`));
   const durableCopy = await secondsOf(async () => {
     await run('cp', '-r', source, `${source}.durable`);
@@ -154,7 +188,17 @@ async function measureSmall({ client }: BenchDispatcher, folder: string): Promis
   });
   const files = await filesIn(source);
   const hash = await secondsOf(() => run('sha256sum', ...files));
-  return { up: [up], down: [down], copy: [copy], durableCopy: [durableCopy], hash: [hash] };
+  const limits = { copy: [copy], durableCopy: [durableCopy], hash: [hash] };
+  return {
+    together: { up: [togetherUp], down: [togetherDown], ...limits },
+    single: { up: [singleUp], down: [singleDown], ...limits },
+  };
+}
+
+interface SmallItem {
+  readonly bytes: Buffer;
+  readonly digest: string;
+  id: string;
 }
 
 async function filesIn(folder: string): Promise<string[]> {
@@ -178,11 +222,12 @@ async function writeRandom(file: string, mib: number): Promise<string> {
 
 async function severalAtOnce<T>(
   items: readonly T[],
+  limit: number,
   work: (item: T, index: number) => Promise<void>,
 ): Promise<void> {
   let next = 0;
   await Promise.all(
-    Array.from({ length: IN_FLIGHT }, async () => {
+    Array.from({ length: limit }, async () => {
       for (let index = next++; index < items.length; index = next++) {
         const item = items[index];
         if (item !== undefined) await work(item, index);

@@ -29,6 +29,8 @@ export interface BenchDispatcher extends AsyncDisposable {
   readonly client: Requestor;
   readonly dataDir: string;
   readonly pid: number;
+  /** Kills it, waits `downMs`, and starts it again on the same folder and port. Resolves when it accepts connections. */
+  restart(downMs: number): Promise<void>;
 }
 
 /**
@@ -37,37 +39,56 @@ export interface BenchDispatcher extends AsyncDisposable {
  */
 export async function startDispatcher(options: { readonly store?: string } = {}): Promise<BenchDispatcher> {
   const dataDir = await mkdtemp(path.join(tmpdir(), 'millrace-bench-'));
-  const child: ChildProcess = spawn(
-    process.execPath,
-    [
-      MAIN,
-      'dispatch',
-      'serve',
-      '--port',
-      '0',
-      '--data',
-      dataDir,
-      ...(options.store === undefined ? [] : ['--store', options.store]),
-    ],
-    { stdio: ['ignore', 'pipe', 'ignore'] },
-  );
-  const lines = createInterface({ input: child.stdout! });
-  const [line] = (await once(lines, 'line')) as [string];
-  const { url } = JSON.parse(line) as { url: string };
+  let { child, url } = await serve(dataDir, '0', options.store);
+  const kill = async (): Promise<void> => {
+    child.kill('SIGKILL');
+    if (child.exitCode === null && child.signalCode === null) await once(child, 'exit');
+  };
   const token = (await readFile(path.join(dataDir, 'client-token'), 'utf8')).trim();
   const client = connect({ url, token, timeoutMs: 120_000 });
   return {
     url,
     client,
     dataDir,
-    pid: child.pid ?? 0,
+    get pid() {
+      return child.pid ?? 0;
+    },
+    async restart(downMs) {
+      await kill();
+      await new Promise((resolve) => void setTimeout(resolve, downMs));
+      ({ child } = await serve(dataDir, new URL(url).port, options.store));
+    },
     async [Symbol.asyncDispose]() {
       await client.close();
-      child.kill('SIGKILL');
-      if (child.exitCode === null && child.signalCode === null) await once(child, 'exit');
+      await kill();
       await rm(dataDir, { recursive: true, force: true });
     },
   };
+}
+
+async function serve(
+  dataDir: string,
+  port: string,
+  store: string | undefined,
+): Promise<{ readonly child: ChildProcess; readonly url: string }> {
+  const child = spawn(
+    process.execPath,
+    [
+      MAIN,
+      'dispatch',
+      'serve',
+      '--port',
+      port,
+      '--data',
+      dataDir,
+      ...(store === undefined ? [] : ['--store', store]),
+    ],
+    { stdio: ['ignore', 'pipe', 'ignore'] },
+  );
+  const lines = createInterface({ input: child.stdout });
+  const [line] = (await once(lines, 'line')) as [string];
+  const { url } = JSON.parse(line) as { url: string };
+  return { child, url };
 }
 
 /** `millrace node start` as its own process, with one runner module, or a config file, and its defaults. Killed when disposed. */

@@ -6,6 +6,7 @@ import { compute } from './compute.ts';
 import { history } from './history.ts';
 import { httpThroughput } from './http-throughput.ts';
 import { idleLatency } from './idle-latency.ts';
+import { manyNodes } from './many-nodes.ts';
 import { peerThroughput } from './peer-throughput.ts';
 import { peerLatency } from './peer-latency.ts';
 import { postgresThroughput } from './postgres.ts';
@@ -21,6 +22,7 @@ const FIGURES: Readonly<Record<string, () => Promise<Figure>>> = {
   postgres: postgresThroughput,
   'http-throughput': httpThroughput,
   'idle-latency': idleLatency,
+  'many-nodes': manyNodes,
   'subprocess-overhead': subprocessOverhead,
   'subprocess-memory': subprocessMemory,
   runtime,

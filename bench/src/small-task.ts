@@ -40,8 +40,11 @@ const BYTES = 1024;
 const ROUNDS = 2;
 /** Of one round. */
 const SAMPLES = 100;
-/** Enough for the paths to be compiled: what is measured is a system that has been up for a while. */
-const WARM_UP = 50;
+/**
+ * For the peers too. What is measured is a system that has been up for a while: of ours the first two hundred take about twice the processor
+ * time of those after the first thousand, until V8 has compiled what they run through.
+ */
+const WARM_UP = 500;
 /** pg-boss polls; with its shortest interval this takes long enough. */
 const FEW: Readonly<Partial<Record<PeerName, number>>> = { 'pg-boss': 5 };
 const AIM_MS = 4;
