@@ -1,10 +1,10 @@
 /** A node that loses contact with its dispatcher keeps what nobody else took, and is told of what somebody did. */
 import { mkdir, readFile, readdir, writeFile } from 'node:fs/promises';
-import { createServer, connect as openSocket, type Socket } from 'node:net';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { describe, expect, test } from 'vitest';
 import type { JobDetail, Requestor } from '@millrace/dispatch/client';
+import { TcpProxy } from './faults/proxies.ts';
 import {
   Program,
   closing,
@@ -19,57 +19,11 @@ import {
 const HOLD = fileURLToPath(new URL('./runners/hold.js', import.meta.url));
 const TTL_SECONDS = 2;
 
-/** The way from a node to the dispatcher, which can be cut. */
-interface Way extends AsyncDisposable {
-  readonly url: string;
-  cut(): void;
-  heal(): void;
-}
-
-async function openWay(to: string): Promise<Way> {
-  const port = Number(new URL(to).port);
-  const open = new Set<Socket>();
-  let whole = true;
-  const server = createServer((near) => {
-    if (!whole) {
-      near.destroy();
-      return;
-    }
-    const far = openSocket(port, '127.0.0.1');
-    for (const [one, other] of [
-      [near, far],
-      [far, near],
-    ] as const) {
-      open.add(one);
-      one.on('error', () => undefined);
-      one.on('close', () => {
-        open.delete(one);
-        other.destroy();
-      });
-      one.pipe(other);
-    }
-  });
-  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
-  const cut = (): void => {
-    whole = false;
-    for (const socket of open) socket.destroy();
-  };
-  return {
-    url: `http://127.0.0.1:${(server.address() as { port: number }).port}`,
-    cut,
-    heal: () => void (whole = true),
-    async [Symbol.asyncDispose]() {
-      cut();
-      await new Promise((resolve) => server.close(resolve));
-    },
-  };
-}
-
 interface Scene extends AsyncDisposable {
   readonly dispatcher: RunningDispatcher;
   readonly client: Requestor;
   /** Starts a node whose way to the dispatcher can be cut. */
-  node(name: string, env?: Readonly<Record<string, string>>): Promise<Way>;
+  node(name: string, env?: Readonly<Record<string, string>>): Promise<TcpProxy>;
   /** Submits a task that holds, and waits until it is begun. */
   hold(): Promise<string>;
   /** What the runs of it have written, in the order of their files' names. */
@@ -96,13 +50,18 @@ async function openScene(): Promise<Scene> {
     dispatcher,
     client,
     async node(name, env = {}) {
-      const way = await openWay(url);
+      const way = await TcpProxy.open(Number(new URL(url).port));
       stack.push(way);
       const credentials = await nodeCredentials(dispatcher, name);
       stack.push(
-        await startNode(dispatcher, { ...credentials, DMS_BASE_URL: `${way.url}/v1`, ...env }, [HOLD], {
-          workDir: path.join(folder.path, name),
-        }),
+        await startNode(
+          dispatcher,
+          { ...credentials, DMS_BASE_URL: `http://127.0.0.1:${way.port}/v1`, ...env },
+          [HOLD],
+          {
+            workDir: path.join(folder.path, name),
+          },
+        ),
       );
       return way;
     },

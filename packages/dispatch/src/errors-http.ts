@@ -22,6 +22,9 @@ const STATUS: Readonly<Record<ErrorCode, number>> = {
   internal: 500,
 };
 
+/** Names the code of an error that its status does not tell. Ours. */
+const ERROR_HEADER = 'millrace-error';
+
 /** 413 for a limit on one request, 429 for one that frees up by itself (`retryable`). Else by the table. */
 export function statusOf(error: MillraceError): number {
   if (error.code === 'resource_exhausted' && error.retryable) return 429;
@@ -115,4 +118,6 @@ function answerHeaders(reply: FastifyReply, status: number, error: MillraceError
     void reply.header('retry-after', String(seconds));
   }
   if (status === 401) void reply.header('www-authenticate', 'Bearer');
+  // Where the body is a sentence, a 500 would say no more than that it may be tried again.
+  if (error.code === 'data_loss') void reply.header(ERROR_HEADER, error.code);
 }

@@ -89,6 +89,11 @@ describe('a bit that fell over in a blob', () => {
               (reason: unknown) => reason,
             );
             expect(MillraceError.is(error), `${bytes.length} bytes, ${place}: ${String(error)}`).toBe(true);
+            // What was half sent could only break off. From then on it is said, without a byte of it.
+            if (reading === download) {
+              expect(error).toMatchObject({ code: 'data_loss', retryable: false });
+              expect(String(error)).toContain(digest);
+            }
           }
           // Once for each, the operator hears which blob it is.
           await until(() => cluster.dispatcher.stderr.filter((line) => line.includes(digest)).length >= 2);

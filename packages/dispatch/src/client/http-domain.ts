@@ -1,7 +1,7 @@
 /** {@link DomainStorage} over HTTP. See there for what each call promises. */
 import { createHash, randomBytes } from 'node:crypto';
 import { Readable } from 'node:stream';
-import { MillraceError, systemClock, type ByteStream, type Clock } from '@millrace/runner';
+import { MillraceError, systemClock, type ByteStream, type Clock, type ErrorCode } from '@millrace/runner';
 import * as decode from '@millrace/runner/decode';
 import { downloadBoundary, readDownload, uploadEnvelope, type MultipartPart } from '../multipart.ts';
 import { checkBytes, pullFrom, readableFrom, verified, type Pull } from '../pull-stream.ts';
@@ -439,22 +439,13 @@ class HttpDomainStorage implements DomainStorage {
         `${what}: the server sends to ${url.origin} with the bytes, announced was ${origin}`,
       );
     }
-    const bytes = read();
-    let broken: { readonly error: unknown } | null = null as { readonly error: unknown } | null;
-    async function* checked(source: ByteStream): AsyncGenerator<Uint8Array> {
-      try {
-        yield* exactly(source, size, what);
-      } catch (error) {
-        broken = { error };
-        throw error;
-      }
-    }
+    const sending = new Sending(read(), size, what);
     try {
       const put = await server.elsewhere(origin).request({
         method: 'PUT',
         path: url.pathname + url.search,
         headers: { ...headers, 'content-length': String(size) },
-        body: bytes instanceof Uint8Array ? bytes : Readable.from(checked(bytes), { objectMode: false }),
+        body: sending.body,
         // The answer comes when all of it is there.
         timeoutMs: server.timeoutMs + size / DIRECT_BYTES_PER_MS,
         ...options,
@@ -465,7 +456,7 @@ class HttpDomainStorage implements DomainStorage {
       // Of this error nothing may be told: it names the URL, which lets whoever has it write.
       options.signal?.throwIfAborted();
     }
-    if (broken !== null) throw broken.error;
+    sending.throwIfBroken();
     server.directPartsFromMs = this.#clock.monotonic() + DIRECT_PAUSE_MS;
     return null;
   }
@@ -479,28 +470,20 @@ class HttpDomainStorage implements DomainStorage {
     options: CallOptions,
   ): Promise<string> {
     const what = `part ${partNumber}`;
-    let broken: { readonly error: unknown } | null = null;
-    async function* checked(source: ByteStream): AsyncGenerator<Uint8Array> {
-      try {
-        yield* exactly(source, size, what);
-      } catch (error) {
-        broken = { error };
-        throw error;
-      }
-    }
+    const sending = new Sending(body, size, what);
     try {
       const response = await this.#send(what, {
         method: 'PUT',
         path: `${uploadPath(domainId, uploadId)}&partNumber=${partNumber}`,
         headers: { 'content-type': 'application/octet-stream', 'content-length': String(size) },
-        body: body instanceof Uint8Array ? body : Readable.from(checked(body), { objectMode: false }),
+        body: sending.body,
         ...options,
       });
       const raw = await jsonOf(response, what);
       return decoded(what, () => decode.string(decode.object(raw, 'answer')['etag'], 'etag'));
     } catch (error) {
-      // The transport reports what the caller's own stream threw as an error of the network.
-      throw broken === null ? error : (broken as { readonly error: unknown }).error;
+      sending.throwIfBroken();
+      throw error;
     }
   }
 
@@ -662,7 +645,10 @@ function isSuccess(status: number): boolean {
 /** The error of an answer, in the reference's words followed by what the server said. */
 async function failure(response: HttpResponse, what: string): Promise<MillraceError> {
   const body = await response.text(64 * 1024).catch(() => '');
-  return statusErrorOf(response.status, what, body, retryAfterMs(response.header('retry-after')));
+  // Damaged bytes stay damaged, unlike what else a 500 may be.
+  const code =
+    response.header('millrace-error') === 'data_loss' ? 'data_loss' : codeOfStatus(response.status);
+  return statusErrorOf(response.status, what, body, retryAfterMs(response.header('retry-after')), code);
 }
 
 function statusErrorOf(
@@ -670,8 +656,8 @@ function statusErrorOf(
   what: string,
   body: string,
   pauseMs: number | null = null,
+  code: ErrorCode = codeOfStatus(status),
 ): MillraceError {
-  const code = codeOfStatus(status);
   const said = previewBody(body).trim();
   return new MillraceError(code, `${statusText(status)}${said === '' ? '' : `: ${said}`}`, {
     retryable: code === 'unavailable' || status === 429 || status === 507,
@@ -879,6 +865,36 @@ function digestOf(bytes: Uint8Array): string {
 }
 
 const SLICE = 64 * 1024;
+
+/**
+ * Bytes on their way out, as many as were announced. What their own stream throws the transport reports as an error of the
+ * network; here it is kept.
+ */
+class Sending {
+  readonly body: Uint8Array | Readable;
+  #broken: { readonly error: unknown } | null = null;
+
+  constructor(bytes: Uint8Array | ByteStream, size: number, what: string) {
+    this.body =
+      bytes instanceof Uint8Array
+        ? bytes
+        : Readable.from(this.#checked(exactly(bytes, size, what)), { objectMode: false });
+  }
+
+  /** @throws whatever the caller's own stream threw */
+  throwIfBroken(): void {
+    if (this.#broken !== null) throw this.#broken.error;
+  }
+
+  async *#checked(source: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
+    try {
+      yield* source;
+    } catch (error) {
+      this.#broken = { error };
+      throw error;
+    }
+  }
+}
 
 /** In slices, so the socket's backpressure is felt and nothing large is copied whole. */
 function* slices(...buffers: readonly Uint8Array[]): Generator<Uint8Array> {

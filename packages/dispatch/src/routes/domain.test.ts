@@ -722,6 +722,21 @@ describe('domain storage over HTTP', () => {
     const whole = await call('GET', `${data}/${item.id}?raw=true`);
     expect([whole.status, whole.headers['etag']]).toEqual([500, undefined]);
     expect(whole.text).toContain(`blob ${item.digest}`);
+    // From then on nothing of it is sent, whoever asks for what, until it is whole again.
+    const asked = [`?ids=${item.id}`, `/${item.id}?raw=true`];
+    for (const at of asked) {
+      const again = await call(
+        'GET',
+        `${data}${at}`,
+        at.startsWith('?') ? accept : { headers: { range: 'bytes=0-9' } },
+      );
+      expect([again.status, again.headers['millrace-error']]).toEqual([500, 'data_loss']);
+      expect(again.text).toContain(item.digest);
+    }
+    await writeFile(path, bytes);
+    expect((await call('GET', `${data}/${item.id}?raw=true`)).status).toBe(200);
+    // The first to find out can only be cut off, when the answer has begun.
+    await writeFile(path, flipped);
     await expect(call('GET', `${data}?ids=${item.id}`, accept)).rejects.toThrow();
     for (const damage of [() => truncate(path, 10), () => rm(path)]) {
       await damage();

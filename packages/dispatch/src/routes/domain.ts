@@ -58,6 +58,8 @@ const DIRECT_URL_SECS = 300;
 
 /** Small items of one request whose bytes are held in memory, in all. As much as a JSON body may have. */
 const HELD_BYTES = 2 * 1024 * 1024;
+/** Damaged blobs remembered; each is read once more than others. */
+const DOUBTFUL_KEPT = 1024;
 
 /** A body this short is read whole before it is looked at. Longer than a small item and what surrounds it. */
 const SHORT_BODY_BYTES = 128 * 1024;
@@ -127,6 +129,8 @@ export function registerDomainRoutes(app: FastifyInstance, ctx: ServerContext): 
 class DomainRoutes {
   readonly #ctx: ServerContext;
   /** Upload id to data id. */
+  /** Digests whose bytes were found damaged. */
+  readonly #doubtful = new LruMap<string, true>(DOUBTFUL_KEPT);
   readonly #completed = new LruMap<string, { readonly domainId: string; readonly dataId: string }>(
     COMPLETED_UPLOADS,
   );
@@ -321,7 +325,7 @@ class DomainRoutes {
         return await blobs.putPart(upload.id, partNumber, body, { maxBytes, signal, at, ...expect });
       } catch (error) {
         // A short part is the client's mistake, not lost data.
-        if (MillraceError.is(error) && error.code === 'data_loss') {
+        if (isDataLoss(error)) {
           throw new MillraceError('invalid_argument', error.message, { cause: error });
         }
         throw error;
@@ -522,6 +526,7 @@ class DomainRoutes {
       }
       const stored = await this.#ctx.blobs.stat(record.digest);
       if (stored === null || stored.size !== record.size) throw bytesMissing(record);
+      if (this.#doubtful.get(record.digest)) await this.#check(record);
     }
     const boundary = randomBytes(30).toString('hex');
     const heads = records.map((record) => downloadPartHead(record, boundary));
@@ -592,19 +597,31 @@ class DomainRoutes {
     if (stored === null) return null;
     if (stored.size !== record.size) throw bytesMissing(record);
     try {
+      if (this.#doubtful.get(record.digest)) await this.#check(record);
       const body = await blobs.open(record.digest, range);
-      // The answer has begun by then and can only break off; who reads it cannot be told why.
-      body.once('error', (error: Error) =>
+      // The answer has begun by then and can only break off; who reads it is told why when it tries again.
+      body.once('error', (error: Error) => {
+        if (isDataLoss(error)) this.#doubtful.set(record.digest, true);
         this.#ctx.log.error('stored bytes cannot be read', {
           data_id: record.id,
           error: error.message,
-        }),
-      );
+        });
+      });
       return body;
     } catch (error) {
       if (MillraceError.is(error) && error.code === 'not_found') return null;
       throw error;
     }
+  }
+
+  /** Reads a blob that was found damaged before an answer begins. @throws MillraceError `data_loss` when it still is */
+  async #check(record: DataRecord): Promise<void> {
+    try {
+      for await (const _ of await this.#ctx.blobs.open(record.digest));
+    } catch (error) {
+      throw isDataLoss(error) ? bytesMissing(record) : error;
+    }
+    this.#doubtful.delete(record.digest);
   }
 
   async #json<T>(request: FastifyRequest, reply: FastifyReply, schema: z.ZodType<T>): Promise<T> {
@@ -750,4 +767,8 @@ function bytesMissing(record: DataRecord): MillraceError {
     'data_loss',
     `the stored bytes of data item ${record.id} (${record.digest}, ${record.size} bytes) are missing or damaged`,
   );
+}
+
+function isDataLoss(error: unknown): error is MillraceError {
+  return MillraceError.is(error) && error.code === 'data_loss';
 }
