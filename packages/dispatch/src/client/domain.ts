@@ -88,6 +88,8 @@ export interface UploadSession {
 export interface DomainStorage {
   /** Null when the server has no such endpoint (404). Cached for 60 s. */
   info(options?: CallOptions): Promise<StorageInfo | null>;
+  /** What {@link info} answered in the last 60 s, from which a call of it now would answer; null: nothing is known. */
+  readonly knownInfo: StorageInfo | null;
   /**
    * The parts of `GET .../data` in order, verified against their sizes and the final boundary: a body that ends early
    * is `data_loss`, an answer without parts `not_found`.

@@ -159,6 +159,11 @@ class HttpDomainStorage implements DomainStorage {
     this.#clock = options.clock ?? systemClock;
   }
 
+  get knownInfo(): StorageInfo | null {
+    const { info } = this.#server;
+    return info !== null && this.#clock.monotonic() < info.untilMs ? info.value : null;
+  }
+
   async info(options: CallOptions = {}): Promise<StorageInfo | null> {
     const server = this.#server;
     if (server.info !== null && this.#clock.monotonic() < server.info.untilMs) return server.info.value;

@@ -55,11 +55,11 @@ export async function uploadBytes(
   bytes: Uint8Array,
   signal: AbortSignal,
 ): Promise<string | null> {
-  const info = await knownInfo(world, signal);
   // A name that is taken is then found out by the upload, which is one request where it is not.
-  const named = info !== null && info.uniqueNames && bytes.length <= UNNAMED_BYTES;
+  const named = world.storage().knownInfo?.uniqueNames === true && bytes.length <= UNNAMED_BYTES;
   // First, as the reference: an update's request is of another length.
   const existingId = named ? item.existingId : await existingIdOf(world, item, signal);
+  const info = await knownInfo(world, signal);
   const tooLarge =
     info !== null &&
     info.requestMaxBytes > 0 &&
