@@ -197,7 +197,7 @@ test('a flipped bit is told, never served, and healed by the same bytes', async 
     damaged[500]! ^= 1;
     database.prepare('UPDATE small_bytes SET bytes = ?').run(damaged);
   });
-  const refused = { code: 'unavailable', message: expect.stringContaining('missing or damaged') as string };
+  const refused = { code: 'data_loss', message: expect.stringContaining('missing or damaged') as string };
   await expect(read(id)).rejects.toMatchObject(refused);
   await expect(read(id, { start: 0, end: 0 })).rejects.toMatchObject(refused);
   const parts = client.storage.download({ domainId: domain, ids: [id] })[Symbol.asyncIterator]();

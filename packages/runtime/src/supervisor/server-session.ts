@@ -168,6 +168,8 @@ export class ServerSession {
         throw new MillraceError('data_loss', `the runtime gave the pid ${pid} to two commands`);
       }
       command.pid = pid;
+      // Answered while the runtime was being stopped already.
+      if (this.#stopReason !== null) command.abandon(this.#stopReason);
       this.#commands.set(pid, command);
       this.#release(pid);
     } catch (error) {
