@@ -20,7 +20,15 @@ import { tmpdir } from 'node:os';
 import { delimiter, join } from 'node:path';
 import { promisify } from 'node:util';
 import { CreateBucketCommand, PutBucketPolicyCommand, S3Client } from '@aws-sdk/client-s3';
+import { SimulatedClock } from '@millrace/runner/testing';
 import { request } from 'undici';
+import type { BlobStore } from './blobs.ts';
+import { openS3Blobs } from './blobs/s3.ts';
+import { openDomainStorage } from './client/http-domain.ts';
+import type { Dispatcher } from './dispatcher.ts';
+import { openDispatcher } from './server.ts';
+import type { Store } from './store.ts';
+import { openSqliteStore } from './stores/sqlite.ts';
 
 const PROGRAMS = ['ceph-mon', 'ceph-osd', 'radosgw', 'radosgw-admin', 'ceph-authtool', 'monmaptool', 'ceph'];
 
@@ -355,5 +363,42 @@ export class BadNetwork implements AsyncDisposable {
         client.once('drain', () => server.resume());
       }
     });
+  }
+}
+
+/** A dispatcher over the bucket that a URL names, and a client of it. */
+export class BucketDispatcher implements AsyncDisposable {
+  readonly clock = new SimulatedClock();
+  readonly blobs: BlobStore;
+  readonly store: Store;
+  readonly dispatcher: Dispatcher;
+  readonly token: string;
+  readonly storage: ReturnType<typeof openDomainStorage>;
+
+  private constructor(blobs: BlobStore, store: Store, dispatcher: Dispatcher, token: string) {
+    this.blobs = blobs;
+    this.store = store;
+    this.dispatcher = dispatcher;
+    this.token = token;
+    this.storage = openDomainStorage({
+      baseUrl: dispatcher.url,
+      clientId: 'test',
+      token: () => token,
+      clock: this.clock,
+    });
+  }
+
+  static async open(url: string): Promise<BucketDispatcher> {
+    const blobs = await openS3Blobs({ url, credentials: OWNER });
+    const store = await openSqliteStore({ path: ':memory:' });
+    const dispatcher = await openDispatcher({ store, blobs, port: 0 });
+    return new BucketDispatcher(blobs, store, dispatcher, await dispatcher.issueClientToken());
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.storage[Symbol.asyncDispose]();
+    await this.dispatcher.close();
+    await this.store[Symbol.asyncDispose]();
+    await this.blobs[Symbol.asyncDispose]();
   }
 }

@@ -9,18 +9,14 @@ import { request } from 'undici';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import type { BlobStore, DirectPut } from '../blobs.ts';
 import type { DomainStorage, UploadSession } from '../client/domain.ts';
-import { openDomainStorage } from '../client/http-domain.ts';
 import { uploadStream } from '../client/upload.ts';
-import { BadNetwork, OWNER, S3Server, withoutS3 } from '../s3.test.support.ts';
+import { BadNetwork, BucketDispatcher, OWNER, S3Server, withoutS3 } from '../s3.test.support.ts';
 import type { Dispatcher } from '../dispatcher.ts';
-import { openDispatcher } from '../server.ts';
 import type { Store } from '../store.ts';
-import { openSqliteStore } from '../stores/sqlite.ts';
 import { collectGarbage } from './collect.ts';
 import { S3Bucket } from './s3-bucket.ts';
 import { checksUploads } from './s3-check.ts';
 import { parseS3Url } from './s3-url.ts';
-import { openS3Blobs } from './s3.ts';
 
 const MIB = 1024 * 1024;
 const DOMAIN = '6f9619ff-8b86-4d01-b42d-00cf4fc964ff';
@@ -74,17 +70,8 @@ describe.skipIf(withoutS3())('parts past the dispatcher', { timeout: 120_000 }, 
     const network = await BadNetwork.start(server.port);
     const prefix = `p${(prefixes += 1)}`;
     const url = `s3://${bucket}/${prefix}?endpoint=${network.endpoint}${more}`;
-    const blobs = await openS3Blobs({ url, credentials: OWNER });
-    const store = await openSqliteStore({ path: ':memory:' });
-    const dispatcher = await openDispatcher({ store, blobs, port: 0 });
-    const token = await dispatcher.issueClientToken();
-    const clock = new SimulatedClock();
-    const storage = openDomainStorage({
-      baseUrl: dispatcher.url,
-      clientId: 'test',
-      token: () => token,
-      clock,
-    });
+    const opened = await BucketDispatcher.open(url);
+    const { blobs, store, dispatcher, token, clock, storage } = opened;
     const inside = await S3Bucket.connect(parseS3Url(server.url(bucket, prefix)), OWNER, systemClock);
     const client: string[] = [];
     let own = 0;
@@ -105,10 +92,7 @@ describe.skipIf(withoutS3())('parts past the dispatcher', { timeout: 120_000 }, 
       },
       async [Symbol.asyncDispose]() {
         inside.close();
-        await storage[Symbol.asyncDispose]();
-        await dispatcher.close();
-        await store[Symbol.asyncDispose]();
-        await blobs[Symbol.asyncDispose]();
+        await opened[Symbol.asyncDispose]();
         await network[Symbol.asyncDispose]();
       },
     };

@@ -5,13 +5,18 @@ import { createInterface } from 'node:readline';
 import type { Readable } from 'node:stream';
 import { fileURLToPath } from 'node:url';
 import { systemClock } from '@millrace/runner';
-import { SimulatedClock } from '@millrace/runner/testing';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import type { BlobStore, StagedPart } from '../blobs.ts';
-import { BadNetwork, GUEST, OWNER, S3Server, withoutS3, type TestCredentials } from '../s3.test.support.ts';
+import {
+  BadNetwork,
+  BucketDispatcher,
+  GUEST,
+  OWNER,
+  S3Server,
+  withoutS3,
+  type TestCredentials,
+} from '../s3.test.support.ts';
 import type { DomainStorage } from '../client/domain.ts';
-import { openDomainStorage } from '../client/http-domain.ts';
-import { openDispatcher } from '../server.ts';
 import { openSqliteStore } from '../stores/sqlite.ts';
 import { collectGarbage } from './collect.ts';
 import { S3Bucket } from './s3-bucket.ts';
@@ -483,30 +488,8 @@ describe.skipIf(withoutS3())('blobs in S3', { timeout: 120_000 }, () => {
   describe('reads past the dispatcher', () => {
     const DOMAIN = '6f9619ff-8b86-4d01-b42d-00cf4fc964ff';
     /** A dispatcher over the bucket behind `network`, and a client of it. */
-    const dispatching = async (network: BadNetwork, more: string) => {
-      const url = `s3://${bucket}/${newPrefix()}?endpoint=${network.endpoint}${more}`;
-      const blobs = await openS3Blobs({ url, credentials: OWNER });
-      const store = await openSqliteStore({ path: ':memory:' });
-      const dispatcher = await openDispatcher({ store, blobs, port: 0 });
-      const token = await dispatcher.issueClientToken();
-      const clock = new SimulatedClock();
-      const storage = openDomainStorage({
-        baseUrl: dispatcher.url,
-        clientId: 'test',
-        token: () => token,
-        clock,
-      });
-      return {
-        storage,
-        clock,
-        [Symbol.asyncDispose]: async () => {
-          await storage[Symbol.asyncDispose]();
-          await dispatcher.close();
-          await store[Symbol.asyncDispose]();
-          await blobs[Symbol.asyncDispose]();
-        },
-      };
-    };
+    const dispatching = (network: BadNetwork, more: string) =>
+      BucketDispatcher.open(`s3://${bucket}/${newPrefix()}?endpoint=${network.endpoint}${more}`);
     const download = async (storage: DomainStorage, id: string): Promise<Buffer> => {
       const bodies: Buffer[] = [];
       for await (const { body } of storage.download({ domainId: DOMAIN, ids: [id] }))
