@@ -160,13 +160,18 @@ class HttpDomainStorage implements DomainStorage {
   }
 
   get knownInfo(): StorageInfo | null {
+    return this.#keptInfo?.value ?? null;
+  }
+
+  get #keptInfo(): { readonly value: StorageInfo | null } | null {
     const { info } = this.#server;
-    return info !== null && this.#clock.monotonic() < info.untilMs ? info.value : null;
+    return info !== null && this.#clock.monotonic() < info.untilMs ? info : null;
   }
 
   async info(options: CallOptions = {}): Promise<StorageInfo | null> {
+    const kept = this.#keptInfo;
+    if (kept !== null) return kept.value;
     const server = this.#server;
-    if (server.info !== null && this.#clock.monotonic() < server.info.untilMs) return server.info.value;
     // The one call without a token: the reference sends none, so a server may not expect one.
     const response = await this.#server.http.request({
       method: 'GET',
